@@ -1,0 +1,70 @@
+# `make` alone lists the targets. Each installs what it needs into .venv/ first, once.
+
+PYTHON ?= python3
+# extra words for the command of one target: make test ARGS="-k gae -x"
+ARGS ?=
+
+BIN := .venv/bin
+# exists only after a complete installation
+STAMP := .venv/.installed
+
+# Networks here are small: more threads only cost time, and results would depend on their number.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Targets one after the other also under -j: a benchmark beside the tests measures nothing.
+.NOTPARALLEL:
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command of train, test, type and bench'
+
+.PHONY: setup
+setup: $(STAMP) ## install zrl and everything for its development into .venv/
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "make: no $(PYTHON) here: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: zrl needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into .venv/ (a minute or more, most of it torch)"
+	@rm -f $@
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install \
+		--quiet --no-input --disable-pip-version-check -c constraints.txt -e '.[plot,docs,dev]'
+	@touch $@
+
+.PHONY: train
+train: $(STAMP) ## solve CartPole-v1 with PPO; fails where the goal is not reached
+	$(BIN)/zrl train CartPole-v1 --algo ppo --stop-at-return 475 --steps 150k --seed 1 --require-goal $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## check style and format (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: type
+type: $(STAMP) ## check types (mypy --strict)
+	$(BIN)/mypy $(ARGS)
+
+.PHONY: bench
+bench: $(STAMP) ## run every scripts/bench_*.py, one after the other
+	@set -e; for script in $(sort $(wildcard scripts/bench_*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script $(ARGS); \
+	done
+
+.PHONY: docs
+docs: $(STAMP) ## build the documentation into docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+.PHONY: clean
+clean: ## remove what was built and installed, but not runs/
+	rm -rf .venv docs/_build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,260 @@
+"""The hot loop: one fragment of T steps of B environments, written straight into a slot."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zrl.collect.actor import BaseActorModule
+from zrl.collect.envs import Columns, End, check_rewards
+from zrl.collect.streams import RandomStreams, undrawn
+from zrl.data.fragment import Array, Inputs, Row, Slot, map_leaves
+from zrl.data.spec import FragmentSpec, flatten, tree_paths
+from zrl.errors import ActorError
+from zrl.metrics import StageTimes
+
+
+def collect(ctx: Context, slot: Slot) -> None:
+    """Fill `slot` with the next fragment; every byte of its leaves is written.
+
+    Row by row: ``(x_t, a_{t-1}, r_t, d_t; h_t) → (a_t, h_{t+1})`` by the actor, which reads row t of the slot itself,
+    then one step of all environments, which write ``x_{t+1}, r_{t+1}`` into row t+1. See `zrl.data.spec` for the
+    fields.
+
+    Raises:
+        EnvError, ActorError: what came does not fit the record. The fragment is then worthless, and `ctx` must be
+            started anew.
+    """
+    clock, times, columns, write = perf_counter, ctx.times, ctx.columns, ctx.write
+    step, read, rows = ctx.step, ctx.read, slot.rows
+    started = clock()
+    with ctx.streams.active(), torch.inference_mode():
+        hx = _begin(ctx, slot)
+        live: list[int] | None = None  # the columns that are not frozen; None: all of them
+        for t in range(ctx.n_steps):
+            row, nxt = rows[t], rows[t + 1]
+            t0 = clock()
+            actions, hx, info = step(*read(row), hx)
+            t1 = clock()
+            write(actions, info, row, nxt)
+            t2 = clock()
+            times.actor += t1 - t0
+            times.write += t2 - t1
+            ends = columns.step(row, nxt) if live is None else columns.step_some(row, nxt, live)
+            ctx.returns += nxt.rew
+            if ends:
+                hx = _end_episodes(ctx, ends, t, nxt, hx)
+                if ctx.sticky and t + 1 < ctx.n_steps:
+                    live = _freeze(ctx, slot, t + 1, ends, live)
+                    if not live:
+                        break
+        _finish(ctx, slot, hx)
+    check_rewards(slot.np.state.rew[1:], ctx.clock)
+    ctx.clock += ctx.n_steps
+    times.n_env_steps += int(np.count_nonzero(slot.np.mask))
+    times.total += clock() - started
+
+
+@dataclasses.dataclass
+class Context:
+    """What lives on from one fragment to the next.
+
+    Attributes:
+        carry: a row that keeps row T of the last fragment, to become row 0 of the next.
+        hx: h_0 of the next fragment; tensors of our own, never views of a slot.
+        returns: float64 ``[B]``, reward so far of the running episodes.
+        starts: int64 ``[B]``, number of the step with which they began.
+        clock: steps taken by a column since the start.
+        step: ``actor.step``, or the same with checks around it.
+        read: the actor's inputs from a row, on the actor's device.
+        write: the actor's outputs into the record.
+    """
+
+    actor: BaseActorModule
+    columns: Columns
+    spec: FragmentSpec
+    streams: RandomStreams
+    times: StageTimes
+    initial_hx: Any
+    first_actions: Sequence[Array]
+    device: torch.device
+    sticky: bool
+    step: Callable[..., tuple[Any, Any, Any]] = dataclasses.field(init=False)
+    read: Callable[[Row], Inputs] = dataclasses.field(init=False)
+    write: OutputWriter = dataclasses.field(init=False)
+    carry: Row = dataclasses.field(init=False)
+    hx: Any = dataclasses.field(init=False)
+    returns: Array = dataclasses.field(init=False)
+    starts: Array = dataclasses.field(init=False)
+    clock: int = 0
+
+    def __post_init__(self) -> None:
+        self.n_steps = self.spec.n_steps
+        self.step = self.actor.step
+        self.read = _on_host if self.device.type == "cpu" else _onto(self.device)
+        self.write = OutputWriter(self.spec)
+        self.carry = Slot(self.spec.with_steps(1)).rows[0]
+        # an actor without recurrent state need not be told of ends, unless it wants to be
+        self.resets = bool(flatten(self.initial_hx)[0]) or type(self.actor).reset is not BaseActorModule.reset
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin new episodes in all columns. The row that follows is the first of its kind: it ends no episode."""
+        row = self.carry
+        first_row(row, self.first_actions)
+        with self.streams.active():
+            self.columns.reset(row)
+        self.hx = map_leaves(torch.clone, self.initial_hx)
+        self.returns = np.zeros(self.spec.n_columns)
+        self.starts = np.full(self.spec.n_columns, self.clock)
+
+
+def first_row(row: Row, actions: Sequence[Array]) -> None:
+    """Make `row` the first one ever, observation apart: ``fin`` and ``term`` True, the first actions, no reward."""
+    for a in row.carried:
+        a.fill(0)
+    for a, first in zip(row.act, actions, strict=True):
+        a[:] = first
+    row.fin.fill(True)
+    row.term.fill(True)
+
+
+class OutputWriter:
+    """Writes what the actor returned: actions into the next row, the info dict into this one."""
+
+    def __init__(self, spec: FragmentSpec) -> None:
+        self._act = spec.fields["state.act"].tree
+        self._info = spec.fields["actor"].tree
+
+    def __call__(self, actions: Any, info: Any, row: Row, nxt: Row) -> None:
+        try:
+            values: list[Any] = self._act.flatten_up_to(actions) + self._info.flatten_up_to(info)
+        except (ValueError, TypeError) as e:
+            raise ActorError(f"the actor returned another structure than at the start: {e}") from e
+        for x, out in zip(values, nxt.act_out + row.actor_out, strict=True):
+            if x.shape != out.shape:  # copy_ would broadcast
+                raise self._misshapen(values, row, nxt)
+            out.copy_(x)
+
+    def _misshapen(self, values: list[Any], row: Row, nxt: Row) -> ActorError:
+        paths = tree_paths(self._act, "state.act") + tree_paths(self._info, "info")
+        path, x, out = next(
+            (path, x, out)
+            for path, x, out in zip(paths, values, nxt.act_out + row.actor_out, strict=True)
+            if x.shape != out.shape
+        )
+        return ActorError(
+            "the actor's output changed its shape", leaf=path, expected=str(list(out.shape)), found=str(list(x.shape))
+        )
+
+
+def _on_host(row: Row) -> Inputs:
+    return row.inputs
+
+
+def _onto(device: torch.device) -> Callable[[Row], Inputs]:
+    def read(row: Row) -> Inputs:
+        inputs: Inputs = map_leaves(lambda x: x.to(device, non_blocking=True), row.inputs)
+        return inputs
+
+    return read
+
+
+def _begin(ctx: Context, slot: Slot) -> Any:
+    """Row 0 and h_0 from where the last fragment stopped; what only ends of episodes write is cleared."""
+    r = slot.np
+    for a in (r.state.fin, r.state.term, r.final_value, r.ep_return, r.ep_length, *slot.arrays_of("final_obs")):
+        a.fill(0)
+    r.mask.fill(True)
+    for a, kept in zip(slot.rows[0].carried, ctx.carry.carried, strict=True):
+        a[:] = kept
+    for out, h in zip(slot.tensors_of("hx"), flatten(ctx.hx)[0], strict=True):
+        out.copy_(h)
+    return ctx.hx
+
+
+def _value(ctx: Context, row: Row, hx: Any) -> Tensor:
+    """v at `row`, ``[B]`` on the host, with the actor's random stream left as it was."""
+    started = perf_counter()
+    with undrawn(ctx.device):
+        value = ctx.actor.value(*ctx.read(row), hx)
+    if tuple(value.shape) != (1, ctx.spec.n_columns):
+        raise ActorError("value() is misshapen", expected=f"[1, {ctx.spec.n_columns}]", found=str(list(value.shape)))
+    host = value[0].cpu()
+    ctx.times.actor += perf_counter() - started
+    return host
+
+
+def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) -> Any:
+    """Write what the ends of episodes add to row t+1, begin the next ones, and return h_{t+1} after the resets."""
+    truncated = [j for j, terminated, _ in ends if not terminated]
+    if truncated:
+        # row t+1 holds the true final observations until `begin` replaces them, and fin is still False
+        nxt.final_value[truncated] = _value(ctx, nxt, hx).numpy()[truncated]
+    started = perf_counter()
+    ended = [j for j, _, _ in ends]
+    for obs, kept in zip(nxt.obs, nxt.final_obs, strict=False):
+        kept[ended] = obs[ended]
+    after = ctx.clock + t + 1
+    for j, terminated, info in ends:
+        nxt.fin[j] = True
+        nxt.term[j] = terminated
+        ret, length = _episode_statistics(info, float(ctx.returns[j]), after - int(ctx.starts[j]))
+        nxt.ep_return[j], nxt.ep_length[j] = ret, length
+    ctx.returns[ended] = 0.0
+    ctx.starts[ended] = after
+    ctx.columns.begin(ends, nxt)
+    if ctx.resets:
+        for j in ended:
+            hx = ctx.actor.reset(j, hx)
+    ctx.times.reset += perf_counter() - started
+    return hx
+
+
+def _episode_statistics(info: dict[str, Any], ret: float, length: int) -> tuple[float, int]:
+    """Return and length of an episode: what ``info["episode"]`` says counts, because wrappers change rewards."""
+    episode = info.get("episode")
+    if isinstance(episode, dict) and "r" in episode and "l" in episode:
+        return float(np.asarray(episode["r"]).item()), int(np.asarray(episode["l"]).item())
+    return ret, length
+
+
+def _freeze(ctx: Context, slot: Slot, row: int, ends: Sequence[End], live: list[int] | None) -> list[int]:
+    """Freeze the columns that ended at `row` until the end of the fragment; returns those that go on."""
+    r = slot.np
+    ended = [j for j, _, _ in ends]
+    r.mask[row:, ended] = False
+    r.state.fin[row + 1 :, ended] = True
+    r.state.term[row + 1 :, ended] = True
+    left = [j for j in (range(ctx.spec.n_columns) if live is None else live) if j not in ended]
+    if not left:  # nothing to step any more: the remaining rows repeat this one
+        for a in (*slot.arrays_of("state.obs"), *slot.arrays_of("state.act")):
+            a[row + 1 :] = a[row]
+        for a in (r.state.rew[row + 1 :], *(a[row:] for a in slot.arrays_of("env"))):
+            a.fill(0)
+    return left
+
+
+def _finish(ctx: Context, slot: Slot, hx: Any) -> None:
+    """What closes a fragment: thaw frozen columns, v(x_T), and row T and h_T kept for the next one."""
+    frozen = np.flatnonzero(~slot.np.mask[-1]).tolist()
+    if frozen:
+        hidden = ~slot.np.mask
+        for a in slot.arrays_of("actor"):
+            a[hidden] = 0
+        ctx.starts[frozen] = ctx.clock + ctx.n_steps
+        if ctx.resets:
+            for j in frozen:
+                hx = ctx.actor.reset(j, hx)
+    last = slot.rows[-1]
+    slot.pt.bootstrap[0].copy_(_value(ctx, last, hx))
+    for kept, a in zip(ctx.carry.carried, last.carried, strict=True):
+        kept[:] = a
+    # an actor may hand its inputs on as state: keep copies, for the slot will be written again
+    ctx.hx = map_leaves(torch.clone, hx)

@@ -1,0 +1,95 @@
+"""Random streams: every worker's own torch, NumPy and random states, and the seeds of its environments.
+
+All derive from ``numpy.random.SeedSequence(entropy, spawn_key=(index, generation, stream))``: stream 0 is torch, 1
+NumPy's legacy global state, 2 the `random` module, ``3 + j`` the environment of column j.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+SEED_BITS = 31  # what every environment takes: some pass their seed on as an int32
+
+
+def _words(entropy: int, index: int, generation: int, stream: int, n: int) -> list[int]:
+    seq = np.random.SeedSequence(entropy, spawn_key=(index, generation, stream))
+    return [int(w) for w in seq.generate_state(n, np.uint64)]
+
+
+def env_seeds(entropy: int, index: int, generation: int, n: int) -> list[int]:
+    """Seeds of the environments of one worker, no two the same, each below 2**31.
+
+    Args:
+        entropy: of the run.
+        index, generation: which worker, and how often it was replaced.
+        n: number of columns. The first k of n seeds are those of k columns.
+    """
+    seeds: list[int] = []
+    for j in range(n):
+        candidates = (w >> (64 - SEED_BITS) for w in _words(entropy, index, generation, 3 + j, 8))
+        seeds.append(next(s for s in candidates if s not in seeds))
+    return seeds
+
+
+class RandomStreams:
+    """The global random states of one worker, kept aside while it does not run.
+
+    Inside ``with streams.active():`` the worker's states are the process's; on leaving, the process has its own back,
+    and neither has moved the other. For an actor on a GPU that device's state is swapped too.
+
+    Args:
+        entropy, index, generation: as in the module's docstring.
+        device: of the actor.
+    """
+
+    def __init__(self, entropy: int, index: int = 0, generation: int = 0, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+        torch_seed = _words(entropy, index, generation, 0, 1)[0] >> 1
+        numpy_seed = np.random.SeedSequence(entropy, spawn_key=(index, generation, 1))
+        self._states: tuple[Any, ...] = (
+            torch.Generator().manual_seed(torch_seed).get_state(),
+            np.random.RandomState(np.random.MT19937(numpy_seed)).get_state(),
+            random.Random(_words(entropy, index, generation, 2, 1)[0]).getstate(),
+            torch.Generator(self._device).manual_seed(torch_seed).get_state() if self._device else None,
+        )
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Swap the worker's states in, and out again."""
+        outside = self._get()
+        self._set(self._states)
+        try:
+            yield
+        finally:
+            self._states = self._get()
+            self._set(outside)
+
+    def _get(self) -> tuple[Any, ...]:
+        cuda = torch.cuda.get_rng_state(self._device) if self._device else None
+        return torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda
+
+    def _set(self, states: tuple[Any, ...]) -> None:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if self._device:
+            torch.cuda.set_rng_state(states[3], self._device)
+
+
+@contextlib.contextmanager
+def undrawn(device: torch.device | None = None) -> Iterator[None]:
+    """Leave torch's random streams as they were found: what is drawn inside is drawn again outside."""
+    on_gpu = device is not None and device.type == "cuda"
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu and device else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device or "cuda")

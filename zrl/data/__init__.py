@@ -1,0 +1,1 @@
+"""What moves: the specification of a fragment, the memory that holds it, and the newest weights."""

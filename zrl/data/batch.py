@@ -1,0 +1,186 @@
+"""A batch: fragments side by side along the columns, as tensors, with what is known about them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from zrl.data.fragment import Record, State, map_leaves
+from zrl.errors import ConfigError
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FragmentMeta(NamedTuple):
+    """Where a fragment comes from: weights version it was made with, index of its worker, its number there from 1."""
+
+    version: int
+    worker: int
+    seq: int
+
+
+class Episode(NamedTuple):
+    """An episode that ended inside a batch: undiscounted return, length in steps, column, whether it was cut short."""
+
+    ret: float
+    length: int
+    column: int
+    truncated: bool
+
+
+@dataclasses.dataclass
+class Batch(Record):
+    """``P`` fragments of ``T`` steps side by side: ``[T+1, P*B, ...]`` and so on, see `zrl.data.spec` for every field.
+
+    A batch is valid until the next-but-one ``next()`` of the iterator it came from; `clone` it to keep it longer.
+
+    Attributes:
+        meta: one `FragmentMeta` a fragment; fragment ``i`` holds the columns ``i*B`` to ``(i+1)*B - 1``.
+        version: the weights version at the yield.
+        extra: tensors ``[T, P*B]`` of the user's own (advantages, returns) that `minibatches` cuts like the rest.
+    """
+
+    meta: tuple[FragmentMeta, ...] = ()
+    version: int = 0
+    extra: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of_record(cls, record: Record, meta: tuple[FragmentMeta, ...], version: int) -> Batch:
+        """A batch whose tensors are those of `record`."""
+        fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(Record)}
+        return cls(**fields, meta=meta, version=version)
+
+    @property
+    def lag(self) -> tuple[int, ...]:
+        """Per fragment: the weights version at the yield minus the version that the fragment was made with."""
+        return tuple(self.version - m.version for m in self.meta)
+
+    @cached_property
+    def n_env_steps(self) -> int:
+        """Environment steps really taken: the number of True in ``mask``."""
+        return int(self.mask.sum())
+
+    @cached_property
+    def episodes(self) -> list[Episode]:
+        """The episodes that ended in this batch, in order of time, then column."""
+        ended = self.state.fin[1:] & self.mask
+        where = ended.nonzero().cpu()
+        if not len(where):
+            return []
+        rows, columns = where[:, 0].to(ended.device), where[:, 1].to(ended.device)
+        ret = self.ep_return[1:][rows, columns].tolist()
+        length = self.ep_length[1:][rows, columns].tolist()
+        term = self.state.term[1:][rows, columns].tolist()
+        ends = zip(ret, length, columns.tolist(), term, strict=True)
+        return [Episode(r, n, j, not t) for r, n, j, t in ends]
+
+    def clone(self) -> Batch:
+        """An independent copy, valid for as long as you keep it."""
+        return self._map(torch.clone)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch on another device; tensors that are there already are shared, not copied."""
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def poison(self) -> None:
+        """Overwrite all tensors in place with NaN, the least integer or True, so that late readers notice."""
+
+        def fill(x: torch.Tensor) -> torch.Tensor:
+            if x.is_floating_point() or x.is_complex():
+                return x.fill_(torch.nan)
+            return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).min)
+
+        self._map(fill)
+
+    def _map(self, fn: Cut) -> Batch:
+        return self._cut(fn, fn, fn, fn)
+
+    def _cut(self, states: Cut, steps: Cut, hx: Cut, bootstrap: Cut) -> Batch:
+        """A batch made by one function a kind of field: T+1 rows, T rows, the recurrent state, the bootstrap."""
+        new = copy.copy(self)
+        for cached in ("n_env_steps", "episodes"):
+            new.__dict__.pop(cached, None)
+        new.state = State(*(map_leaves(states, tree) for tree in self.state))
+        new.final_value, new.ep_return, new.ep_length = map(states, (self.final_value, self.ep_return, self.ep_length))
+        if self.final_obs is not None:
+            new.final_obs = map_leaves(states, self.final_obs)
+        new.actor, new.mask = map_leaves(steps, self.actor), steps(self.mask)
+        if self.env is not None:
+            new.env = map_leaves(steps, self.env)
+        new.extra = {name: steps(x) for name, x in self.extra.items()}
+        new.hx = map_leaves(hx, self.hx)
+        new.bootstrap = bootstrap(self.bootstrap)
+        return new
+
+    def minibatches(
+        self,
+        size: int,
+        *,
+        by: str = "column",
+        extra: Mapping[str, torch.Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Batch]:
+        """Cut the batch at random into smaller ones, each entry in exactly one of them; the last may be smaller.
+
+        Args:
+            size: columns of a minibatch with ``by="column"``; steps with ``by="step"``.
+            by: ``"column"`` keeps whole columns, so it fits recurrent actors. ``"step"`` takes single steps, those with
+                a False ``mask`` left out: a minibatch is then a batch of ``T = 1`` with `size` columns, whose rows 0
+                and 1 are the rows t and t+1 of the step.
+            extra: tensors ``[T, P*B]`` that are cut the same way, then found in ``minibatch.extra``; added to the
+                batch's own.
+            generator: source of the permutation; torch's default one, if None.
+
+        Yields:
+            Batches that own their tensors. ``meta`` stays that of the whole batch.
+
+        Raises:
+            ConfigError: size below 1, an unknown `by`, ``by="step"`` with recurrent state, `extra` of another shape.
+        """
+        whole = self if extra is None else dataclasses.replace(self, extra={**self.extra, **extra})
+        if size < 1:
+            raise ConfigError(f"minibatches: size must be at least 1, not {size}")
+        for name, x in whole.extra.items():
+            if x.shape[:2] != self.mask.shape:
+                raise ConfigError(
+                    f"minibatches: extra[{name!r}] must start with {list(self.mask.shape)}, not {list(x.shape)}"
+                )
+        if by == "column":
+            return whole._by_column(size, generator)
+        if by == "step":
+            return whole._by_step(size, generator)
+        raise ConfigError(f'minibatches: by must be "column" or "step", not {by!r}')
+
+    def _by_column(self, size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        order = torch.randperm(self.mask.shape[1], generator=generator).to(self.mask.device)
+        for columns in torch.split(order, size):
+
+            def cut(x: torch.Tensor, columns: torch.Tensor = columns) -> torch.Tensor:
+                return x.index_select(1, columns)
+
+            yield self._cut(cut, cut, cut, cut)
+
+    def _by_step(self, size: int, generator: torch.Generator | None) -> Iterator[Batch]:
+        hx: list[torch.Tensor] = []
+        map_leaves(hx.append, self.hx)
+        if hx:
+            raise ConfigError('minibatches: by="step" tears recurrent state apart; use by="column"')
+        # v(x_{t+1}) of a single step: the actor's value one row on, and the bootstrap behind the last row
+        values = torch.cat([self.actor["value"][1:], self.bootstrap])
+        rows, columns = self.mask.nonzero(as_tuple=True)
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        for pick in torch.split(order, size):
+            t, j = rows[pick], columns[pick]
+            pair = torch.stack([t, t + 1])
+            new = self._cut(
+                lambda x, pair=pair, j=j: x[pair, j],  # type: ignore[misc]
+                lambda x, t=t, j=j: x[t, j].unsqueeze(0),  # type: ignore[misc]
+                lambda x: x,
+                lambda _, t=t, j=j: values[t, j].unsqueeze(0),  # type: ignore[misc]
+            )
+            yield new

@@ -1,0 +1,87 @@
+"""Every exception that zrl raises on purpose, from the most general to the most particular.
+
+    ZrlError
+    ├── ConfigError          a setting, an argument or a combination of them makes no sense (also a ValueError)
+    ├── RecordError          what an environment or an actor gives cannot be recorded
+    │   ├── EnvError         an environment: its factory, its spaces, `reset` or `step`
+    │   └── ActorError       an actor: its outputs, its state, its manners
+    ├── SharedMemoryError    a mapping could not be made, attached or trusted
+    ├── WeightsError         weights that do not fit the module they are meant for
+    ├── CheckpointError      no valid checkpoint where one was asked for
+    └── ClosedError          the collector was closed before this call
+
+A message names the field, what was expected and what came, and the next step where there is one.
+"""
+
+from __future__ import annotations
+
+
+class ZrlError(Exception):
+    """Base of every exception that zrl raises on purpose."""
+
+
+class ConfigError(ZrlError, ValueError):
+    """A setting, an argument or a combination of them makes no sense."""
+
+
+class RecordError(ZrlError):
+    """What an environment or an actor gives cannot be recorded.
+
+    Attributes:
+        leaf: path of the offending leaf, such as ``state.obs['pos']``; empty where no single leaf is at fault.
+        expected: what the record's specification calls for; empty where that makes no sense.
+        found: what came instead; empty likewise.
+    """
+
+    def __init__(self, what: str, *, leaf: str = "", expected: str = "", found: str = "") -> None:
+        parts = [what]
+        if leaf:
+            parts.append(f"leaf {leaf}")
+        if expected:
+            parts.append(f"expected {expected}")
+        if found:
+            parts.append(f"found {found}")
+        super().__init__("; ".join(parts))
+        self.leaf = leaf
+        self.expected = expected
+        self.found = found
+
+
+class EnvError(RecordError):
+    """An environment broke its contract, or raised.
+
+    An exception raised inside the environment is kept as ``__cause__``.
+
+    Attributes:
+        env_index: column of the environment within its collector; -1 for the scratch environment that is probed at the
+            start and for the factory itself.
+        phase: ``"factory"``, ``"spaces"``, ``"reset"`` or ``"step"``.
+    """
+
+    def __init__(
+        self, what: str, *, env_index: int, phase: str, leaf: str = "", expected: str = "", found: str = ""
+    ) -> None:
+        who = f"environment {env_index}" if env_index >= 0 else "environment (scratch instance)"
+        super().__init__(f"{who}, {phase}: {what}", leaf=leaf, expected=expected, found=found)
+        self.env_index = env_index
+        self.phase = phase
+
+
+class ActorError(RecordError):
+    """An actor broke the contract of `zrl.BaseActorModule`, or raised."""
+
+
+class SharedMemoryError(ZrlError):
+    """A mapping could not be made, attached or trusted."""
+
+
+class WeightsError(ZrlError):
+    """Weights do not fit the module that they are meant for."""
+
+
+class CheckpointError(ZrlError):
+    """No valid checkpoint where one was asked for, or a checkpoint that cannot be read or written."""
+
+
+class ClosedError(ZrlError):
+    """The collector was closed before this call."""
