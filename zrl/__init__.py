@@ -1,0 +1,44 @@
+"""zrl: rollout collection for reinforcement learning.
+
+Where to begin: `zrl.rollout.same.rollout` yields `Batch`es of trajectory fragments for your own training loop; an actor
+is a `BaseActorModule`; `evaluate` plays episodes; `zrl.algo` has returns, advantages and losses; `zrl.zoo` examples.
+"""
+
+from importlib.metadata import version as _version
+
+from zrl.collect.actor import BaseActorModule
+from zrl.collect.evaluate import evaluate
+from zrl.data.batch import Batch, Episode, FragmentMeta
+from zrl.data.fragment import State
+from zrl.errors import (
+    ActorError,
+    CheckpointError,
+    ClosedError,
+    ConfigError,
+    EnvError,
+    RecordError,
+    SharedMemoryError,
+    WeightsError,
+    ZrlError,
+)
+
+__version__ = _version("zrl")
+
+__all__ = [
+    "ActorError",
+    "BaseActorModule",
+    "Batch",
+    "CheckpointError",
+    "ClosedError",
+    "ConfigError",
+    "EnvError",
+    "Episode",
+    "FragmentMeta",
+    "RecordError",
+    "SharedMemoryError",
+    "State",
+    "WeightsError",
+    "ZrlError",
+    "__version__",
+    "evaluate",
+]

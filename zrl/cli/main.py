@@ -1,0 +1,111 @@
+"""The ``zrl`` command."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+
+import zrl
+from zrl.cli.options import config_options
+from zrl.cli.progress import reporter
+from zrl.config import TrainConfig
+from zrl.errors import ConfigError, ZrlError
+from zrl.train.loop import PreflightError, Result, evaluate_run, train
+from zrl.train.run_folder import RunFolder
+from zrl.train.stop import Stopped
+
+EXIT_FAILED, EXIT_USAGE, EXIT_PREFLIGHT = 1, 2, 5
+
+
+class Failure(click.ClickException):
+    """An error that ends the command: one message, one exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(zrl.__version__, package_name="zrl")
+def main() -> None:
+    """Collect reinforcement learning rollouts, and train with them.
+
+    Exit codes: 0 done, 1 failed, 2 usage, 5 environment, actor or machine refused before the first step, 130 or 143
+    stopped by SIGINT or SIGTERM, with a checkpoint saved.
+    """
+
+
+@main.command("train")
+@click.argument("env")
+@config_options(TrainConfig, skip=("env",))
+@click.option(
+    "--eval-episodes", type=click.IntRange(0), default=20, show_default=True, help="greedy episodes at the end"
+)
+@click.option("--require-goal", is_flag=True, help="exit with 1 if --stop-at-return was not reached")
+def train_command(env: str, eval_episodes: int, require_goal: bool, **settings: Any) -> None:
+    """Train an actor in ENV, a Gymnasium id such as CartPole-v1.
+
+    The first Ctrl-C saves a checkpoint and stops, the second one kills.
+    """
+    try:
+        config = TrainConfig(env=env, **{name: x for name, x in settings.items() if x is not None})
+    except ConfigError as e:
+        raise Failure(str(e), EXIT_USAGE) from e
+    if require_goal and config.stop_at_return is None:
+        raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
+    report = reporter(config.steps)
+    try:
+        with report:
+            result = train(config, report.start, report.update)
+        _print_result(result, eval_episodes)
+    except Stopped as e:
+        raise SystemExit(128 + e.signum) from e
+    except PreflightError as e:
+        raise Failure(str(e), EXIT_PREFLIGHT) from e
+    except ZrlError as e:
+        raise Failure(str(e), EXIT_FAILED) from e
+    if result.outcome.startswith("SIG"):
+        raise SystemExit(128 + signal.Signals[result.outcome])
+    if require_goal and result.outcome != "goal":
+        raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
+
+
+def _print_result(result: Result, eval_episodes: int) -> None:
+    status = result.status
+    if status is None:
+        click.echo("stopped before the first update; nothing to save")
+        return
+    mean = "fewer than 100 episodes" if status.return_100 is None else f"mean return {status.return_100:.1f}"
+    how = {"goal": "goal reached", "steps": "all steps taken"}.get(result.outcome, f"stopped by {result.outcome}")
+    click.echo(f"{how} ({mean} over the last 100 episodes)")
+    click.echo(f"  took        {status.seconds:.1f} s for {status.step:,} steps: {status.steps_per_s:,.0f} steps/s")
+    click.echo(f"  run folder  {result.run.path}")
+    click.echo(f"  checkpoint  {result.checkpoint}")
+    click.echo(f"  plot        {result.plot or 'none: ' + result.plot_problem}")
+    if eval_episodes and not result.outcome.startswith("SIG"):
+        _print_evaluation(result.run, eval_episodes)
+
+
+def _print_evaluation(run: RunFolder, episodes: int, seed: int = 0) -> None:
+    _, returns = evaluate_run(run, episodes, seed=seed)
+    click.echo(
+        f"  greedy      {episodes} episodes: mean return {statistics.fmean(returns):.1f}, minimum {min(returns):.1f}"
+    )
+
+
+@main.command("eval")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--episodes", type=click.IntRange(1), default=20, show_default=True, help="episodes to play")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of the first episode")
+def eval_command(run: Path, episodes: int, seed: int) -> None:
+    """Play the newest checkpoint of the run folder RUN greedily, and print mean and minimum of the returns."""
+    try:
+        _print_evaluation(RunFolder.open(run), episodes, seed)
+    except ConfigError as e:
+        raise Failure(str(e), EXIT_USAGE) from e
+    except ZrlError as e:
+        raise Failure(str(e), EXIT_FAILED) from e

@@ -1,0 +1,81 @@
+"""Checkpoints: written whole or not at all, and read without running anything that is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zrl.errors import CheckpointError
+
+LATEST = "latest"  # a link beside the checkpoints that names the newest
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``step_<step>.pt`` and let ``latest`` name it: temporary file, fsync, rename, fsync of the folder.
+
+    A crash at any instant leaves the old checkpoint or the new one, never a torn one.
+
+    Raises:
+        CheckpointError: the file cannot be written (a full disk, say); what was there before is untouched.
+    """
+    target = folder / f"step_{step:012d}.pt"
+    part, link = folder / f".{target.name}.part", folder / f".{LATEST}.part"
+    try:
+        with part.open("wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(target)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(folder / LATEST)
+        _sync(folder)
+    except (OSError, RuntimeError) as e:  # torch turns a failed write into a RuntimeError
+        for rest in (part, link):
+            with contextlib.suppress(OSError):
+                rest.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write the checkpoint {str(target)!r}: {e}; is the disk full?") from e
+    return target
+
+
+def load(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Read one checkpoint, tensors onto `device`. Nothing in the file is executed (``weights_only``).
+
+    Raises:
+        CheckpointError: it is missing, torn, or holds something else.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # torn files raise whatever zip and pickle readers raise
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {type(e).__name__}: {e}") from e
+    if not isinstance(state, dict) or "weights" not in state:
+        raise CheckpointError(f"{str(path)!r} is no checkpoint of zrl: it has no weights")
+    return state
+
+
+def newest(folder: Path, device: str = "cpu") -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that can be read, and its path.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    reasons = []
+    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+        try:
+            return path, load(path, device)
+        except CheckpointError as e:
+            reasons.append(str(e))
+    what = "none of the checkpoints can be read: " + "; ".join(reasons) if reasons else "there is no checkpoint"
+    raise CheckpointError(f"{str(folder)!r}: {what}")
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,271 @@
+"""The training loop: collect, update, record, until the goal, the last step or a signal."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import random
+import secrets
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from zrl.collect.actor import BaseActorModule
+from zrl.collect.evaluate import evaluate
+from zrl.config import TrainConfig
+from zrl.data.batch import Batch
+from zrl.errors import CheckpointError, ConfigError, ZrlError
+from zrl.rollout import same
+from zrl.train import checkpoint
+from zrl.train.plot import plot_return
+from zrl.train.run_folder import RunFolder
+from zrl.train.setup import EnvFactory, make_actor, make_optimizer, make_update
+from zrl.train.stop import Stopped, StopSignals
+
+WINDOW = 100  # episodes that the goal is measured over
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Where a run stands after an update.
+
+    Attributes:
+        step: environment steps taken; `update`: updates made; `seconds` since the first batch was asked for.
+        return_100: mean return of the last 100 finished episodes; None before there were as many.
+        return_update, length_update: means over the episodes that ended in this update's batch; None without any.
+        losses: what the losses report.
+        shares: share of the time by stage of collecting, and ``learn``.
+    """
+
+    step: int
+    update: int
+    version: int
+    seconds: float
+    steps_per_s: float
+    return_100: float | None
+    return_update: float | None
+    length_update: float | None
+    episodes: int
+    losses: dict[str, float]
+    shares: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: ``outcome`` is ``"goal"``, ``"steps"``, or ``"SIGINT"`` or ``"SIGTERM"``."""
+
+    outcome: str
+    run: RunFolder
+    status: Status | None
+    checkpoint: Path | None
+    plot: Path | None
+    plot_problem: str = ""
+
+
+class PreflightError(ZrlError):
+    """Environment, actor or machine were refused before the first step; the reason is ``__cause__``."""
+
+
+def train(
+    config: TrainConfig,
+    on_start: Callable[[TrainConfig, RunFolder], None] = lambda config, run: None,
+    on_update: Callable[[Status], None] = lambda status: None,
+) -> Result:
+    """Train until the goal, the last step, or SIGINT or SIGTERM; a checkpoint is saved however it ends.
+
+    Args:
+        config: what to do; None values are resolved first.
+        on_start: called once with the resolved config and the new run folder.
+        on_update: called after every update.
+
+    Raises:
+        PreflightError: environment, actor or device were refused before the first step.
+        ZrlError: collecting or saving failed later.
+    """
+    config = config.resolved(secrets.randbits(31))
+    torch.set_num_threads(config.threads)
+    with StopSignals() as signals, contextlib.ExitStack() as opened:
+        try:
+            run_ = _Run(config, opened)
+            run_.start()
+        except Stopped:
+            raise
+        except ZrlError as e:
+            raise PreflightError(str(e)) from e
+        folder = RunFolder.create(config)
+        on_start(config, folder)
+        return run_.train(folder, signals, on_update)
+
+
+class _Run:
+    """The moving parts of one run."""
+
+    def __init__(self, config: TrainConfig, opened: contextlib.ExitStack) -> None:
+        self.config = config
+        assert config.seed is not None
+        assert config.n_steps is not None
+        _check_device(config.device)
+        seed_everything(config.seed)
+        self.actor = make_actor(config).to(config.device)
+        self.optimizer = make_optimizer(config, self.actor)
+        self.update = make_update(config, self.actor, self.optimizer)
+        self.rollout = opened.enter_context(
+            same.rollout(
+                EnvFactory(config.env),
+                self.actor,
+                config.n_steps,
+                config.n_envs,
+                entropy=config.seed,
+                device=config.device,
+            )
+        )
+        self.step = self.n_updates = self.n_episodes = 0
+        self.returns: collections.deque[float] = collections.deque(maxlen=WINDOW)
+        self.learn_seconds = 0.0
+        self.status: Status | None = None
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    def train(self, run: RunFolder, signals: StopSignals, on_update: Callable[[Status], None]) -> Result:
+        outcome, saved_at = "steps", 0
+        try:
+            while self.step < self.config.steps:
+                batch = next(self.rollout)
+                with signals.shielded():
+                    self._learn(batch)
+                    self.status = self._status(batch)
+                    run.append_metrics(_flat(self.status))
+                    if self.step - saved_at >= self.config.checkpoint_every:
+                        saved_at = self.step
+                        self._save(run)
+                on_update(self.status)
+                if self._goal_reached():
+                    outcome = "goal"
+                    break
+        except Stopped as e:
+            outcome = str(e)
+        except OSError as e:
+            raise CheckpointError(f"cannot write to {str(run.path)!r}: {e}; is the disk full?") from e
+        with contextlib.suppress(Stopped), signals.shielded():  # a signal now asks for what is under way
+            saved = self._save(run) if self.n_updates else None
+            plot, problem = _plot(run, self.config)
+        return Result(outcome, run, self.status, saved, plot, problem)
+
+    def _learn(self, batch: Batch) -> None:
+        started = time.monotonic()
+        self._anneal()
+        self.losses = self.update(batch)
+        bad = [name for name, x in self.losses.items() if not math.isfinite(x)]
+        if bad:
+            raise ZrlError(f"the loss is not finite ({', '.join(bad)}); try a smaller --lr")
+        self.step += batch.n_env_steps
+        self.n_updates += 1
+        self.n_episodes += len(batch.episodes)
+        self.returns.extend(e.ret for e in batch.episodes)
+        self.learn_seconds += time.monotonic() - started
+
+    def _anneal(self) -> None:
+        left = max(0.0, 1.0 - self.step / self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = (self.config.lr or 0.0) * left
+
+    def _goal_reached(self) -> bool:
+        goal, now = self.config.stop_at_return, self.status.return_100 if self.status else None
+        return goal is not None and now is not None and now >= goal
+
+    def _status(self, batch: Batch) -> Status:
+        seconds = time.monotonic() - self.started
+        spent = self.rollout.stats()["seconds"]
+        shares = {name: spent[name] / seconds for name in ("env", "actor", "write", "reset")}
+        ended = batch.episodes
+        return Status(
+            step=self.step,
+            update=self.n_updates,
+            version=batch.version,
+            seconds=seconds,
+            steps_per_s=self.step / seconds,
+            return_100=statistics.fmean(self.returns) if len(self.returns) == WINDOW else None,
+            return_update=statistics.fmean(e.ret for e in ended) if ended else None,
+            length_update=statistics.fmean(e.length for e in ended) if ended else None,
+            episodes=self.n_episodes,
+            losses=self.losses,
+            shares={**shares, "learn": self.learn_seconds / seconds},
+        )
+
+    def _save(self, run: RunFolder) -> Path:
+        state = {
+            "weights": self.actor.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "version": self.rollout.version,
+            "step": self.step,
+            "update": self.n_updates,
+            "episodes": self.n_episodes,
+            "returns": list(self.returns),
+            "torch_rng": torch.get_rng_state(),
+        }
+        return checkpoint.save(run.checkpoints, self.step, state)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"device: {name!r} cannot be used: {str(e).splitlines()[0]}") from e
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the learner's own draws: initial weights, minibatches."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _flat(status: Status) -> dict[str, Any]:
+    values = dataclasses.asdict(status)
+    losses, shares = values.pop("losses"), values.pop("shares")
+    return {**values, **{f"loss/{k}": x for k, x in losses.items()}, **{f"time/{k}": x for k, x in shares.items()}}
+
+
+def _plot(run: RunFolder, config: TrainConfig) -> tuple[Path | None, str]:
+    """The return plot, or why there is none: a missing extra or a full disk shall not spoil a finished run."""
+    target = run.plots / "return.png"
+    try:
+        plot_return(run.metrics(), f"{config.env}, {config.algo}", target, config.stop_at_return)
+    except (ConfigError, OSError) as e:
+        return None, str(e)
+    return target, ""
+
+
+def evaluate_run(run: RunFolder, episodes: int, *, seed: int | None = None) -> tuple[Path, list[float]]:
+    """Play a run's newest checkpoint greedily, one episode in each of `episodes` environments; gives their returns.
+
+    Raises:
+        CheckpointError: no checkpoint can be read, or it does not fit the actor.
+        EnvError, ActorError, ConfigError: environment or actor cannot be made.
+    """
+    config = run.config()
+    path, state = checkpoint.newest(run.checkpoints)
+    actor = load_actor(config, state, path)
+    factory = EnvFactory(config.env)
+    with contextlib.ExitStack() as opened:
+        envs = [opened.enter_context(contextlib.closing(factory())) for _ in range(episodes)]
+        total = np.sum(evaluate(envs, actor, seed=seed), axis=0)
+    return path, [float(x) for x in total]
+
+
+def load_actor(config: TrainConfig, state: dict[str, Any], path: Path) -> BaseActorModule:
+    """The actor of a run in eval mode, with the weights of a checkpoint."""
+    actor = make_actor(config)
+    try:
+        actor.load_state_dict(state["weights"])
+    except RuntimeError as e:
+        raise CheckpointError(f"{str(path)!r} does not fit the actor of {config.env}: {e}") from e
+    return actor.eval()

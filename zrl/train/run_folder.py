@@ -1,0 +1,90 @@
+"""The folder of one run: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``plots/``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from zrl.config import TrainConfig
+from zrl.errors import ConfigError
+
+
+class RunFolder:
+    """Paths and files of a run.
+
+    Attributes:
+        path: the folder; its `checkpoints` and `plots` exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.plots = path / "plots"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> RunFolder:
+        """A new folder ``<env>__<algo>__s<seed>__<time>`` in ``config.runs``, with the config in it.
+
+        Raises:
+            ConfigError: the folder cannot be made or written.
+        """
+        name = f"{_safe(config.env)}__{config.algo}__s{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            for attempt in range(1000):
+                path = Path(config.runs) / (name if attempt == 0 else f"{name}-{attempt}")
+                if not path.exists():
+                    break
+            run = cls(path)
+            run.checkpoints.mkdir(parents=True)
+            run.plots.mkdir()
+            (path / "config.json").write_text(json.dumps(config.as_dict(), indent=2) + "\n")
+        except OSError as e:
+            raise ConfigError(
+                f"runs: cannot write a run folder in {config.runs!r} ({e}); choose another with --runs"
+            ) from e
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of an earlier run.
+
+        Raises:
+            ConfigError: no run folder there.
+        """
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{str(path)!r} is no run folder: it has no config.json")
+        return cls(path)
+
+    def config(self) -> TrainConfig:
+        """The config of the run.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        file = self.path / "config.json"
+        try:
+            return TrainConfig.from_dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError, ConfigError) as e:
+            raise ConfigError(f"{str(file)!r} cannot be read: {e}") from e
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        """One more line of ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps(values) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines so far; a torn last one is left out."""
+        rows = []
+        file = self.path / "metrics.jsonl"
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -1,0 +1,97 @@
+"""From a config to its parts: environment factory, actor, and the function that makes one update from one batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import optree
+import torch
+
+from zrl import algo, zoo
+from zrl.collect.actor import BaseActorModule
+from zrl.collect.spaces import describe
+from zrl.config import TrainConfig
+from zrl.data.batch import Batch
+from zrl.errors import EnvError
+
+Update = Callable[[Batch], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvFactory:
+    """Makes a registered environment. Plain data, so that it may travel to other processes.
+
+    Raises:
+        EnvError: Gymnasium cannot make it.
+    """
+
+    env_id: str
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        try:
+            # the checker costs a third of a CartPole step, and what it checks the recorder checks as well
+            return gym.make(self.env_id, disable_env_checker=True)
+        except Exception as e:
+            hint = "" if not isinstance(e, gym.error.UnregisteredEnv) else "; list ids with gymnasium.pprint_registry()"
+            raise EnvError(
+                f"Gymnasium cannot make {self.env_id!r} ({describe(e)}){hint}", env_index=-1, phase="factory"
+            ) from e
+
+
+def make_actor(config: TrainConfig) -> BaseActorModule:
+    """The default actor for the environment's spaces.
+
+    Raises:
+        EnvError, ActorError: the environment cannot be made, or its spaces have no default actor.
+    """
+    env = EnvFactory(config.env)()
+    try:
+        return zoo.default_actor(env.observation_space, env.action_space)
+    finally:
+        env.close()
+
+
+def make_optimizer(config: TrainConfig, actor: torch.nn.Module) -> torch.optim.Optimizer:
+    """Adam, with the epsilon that policy gradients like (Engstrom et al. 2020 list it among PPO's details)."""
+    return torch.optim.Adam(actor.parameters(), lr=config.lr or 0.0, eps=1e-5)
+
+
+def make_update(config: TrainConfig, actor: BaseActorModule, optimizer: torch.optim.Optimizer) -> Update:
+    """The function that improves `actor` with one batch, and returns the mean of what its losses report."""
+    common: dict[str, Any] = {"gamma": config.gamma, "c_entropy": config.c_entropy}
+
+    def descend(loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(actor.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+    def once(loss: torch.Tensor, info: dict[str, torch.Tensor]) -> dict[str, float]:
+        descend(loss)
+        return {name: float(x) for name, x in info.items()}
+
+    def a2c(batch: Batch) -> dict[str, float]:
+        return once(*algo.a2c(batch, actor, lam=config.lam or 0.0, c_value=config.c_value, **common))
+
+    def impala(batch: Batch) -> dict[str, float]:
+        return once(*algo.impala(batch, actor, lam=config.lam or 0.0, c_value=config.c_value, **common))
+
+    def reinforce(batch: Batch) -> dict[str, float]:
+        return once(*algo.reinforce(batch, actor, **common))
+
+    def ppo(batch: Batch) -> dict[str, float]:
+        extra = algo.advantages(batch, gamma=config.gamma or 0.0, lam=config.lam or 0.0)
+        recurrent = bool(optree.tree_leaves(batch.hx))
+        size = max(1, config.minibatch // len(batch.mask)) if recurrent else config.minibatch
+        infos = []
+        for _ in range(config.epochs):
+            for part in batch.minibatches(size, by="column" if recurrent else "step", extra=extra):
+                loss, info = algo.ppo(part, actor, clip=config.clip, c_value=config.c_value, **common)
+                descend(loss)
+                infos.append(info)
+        return {name: float(torch.stack([i[name] for i in infos]).mean()) for name in infos[0]}
+
+    return {"a2c": a2c, "impala": impala, "reinforce": reinforce, "ppo": ppo}[config.algo]

@@ -1,0 +1,62 @@
+"""Stopping on a signal: the first one at the next safe point, the second at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM asks for a clean stop. Not an `Exception`, so that nothing swallows it.
+
+    Attributes:
+        signum: which of the two.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into `Stopped`; inside `shielded` only when that is left. The second one kills.
+
+    Use as a context manager, in the main thread; in another thread it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pending: int | None = None
+        self._n_shields = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._pending is not None:
+            os._exit(128 + signum)
+        self._pending = signum
+        if not self._n_shields:
+            raise Stopped(signum)
+
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Work that must not be torn: a signal that comes meanwhile counts at its end."""
+        self._n_shields += 1
+        try:
+            yield
+        finally:
+            self._n_shields -= 1
+        if self._pending is not None and not self._n_shields:
+            raise Stopped(self._pending)
