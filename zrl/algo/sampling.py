@@ -6,7 +6,6 @@ from torch import Tensor
 __all__ = ["categorical", "mix_uniform"]
 
 
-@torch.no_grad()
 def categorical(logits: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Sample indices with probability softmax(logits) along the last dimension; [..., n] floating -> [...] int64.
 
@@ -14,10 +13,11 @@ def categorical(logits: Tensor, *, generator: torch.Generator | None = None) -> 
     the argmin of log E_i - logits_i for logits without normalization. Logits of -inf are never sampled, unless all are:
     then the answer is 0.
     """
-    # Half precision has too few distinct values to race with (ties go to the lower index): at least 32 bits of noise.
-    noise = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.detach()  # cheaper than no_grad, whose context costs as much as the sampling
+    if logits.dtype.itemsize < 4:  # half precision has too few values to race with: ties go to the lower index
+        logits = logits.float()
     # `exponential_` never returns 0 (torch documents it), hence no -inf + inf. All in the memory of the noise.
-    return noise.exponential_(generator=generator).log_().sub_(logits).argmin(dim=-1)
+    return torch.empty_like(logits).exponential_(generator=generator).log_().sub_(logits).argmin(-1)
 
 
 def mix_uniform(logits: Tensor, epsilon: float | Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def build(factory: Factory | Sequence[Any], actor: BaseActorModule, options: Col
     with contextlib.ExitStack() as made:
         with streams.active():
             layout, envs = _environments(factory, o, seeds, made)
-        actor_layout = probe_actor(actor, layout, o.n_columns, o.device)
+            actor_layout = probe_actor(actor, layout, o.n_columns, o.device)
         ctx = Context(
             actor=actor,
             columns=PlainColumns(envs, layout, seeds[: o.n_columns], times, debug=o.debug),

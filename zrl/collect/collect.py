@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
@@ -33,6 +34,7 @@ def collect(ctx: Context, slot: Slot) -> None:
     """
     clock, times, columns, write = perf_counter, ctx.times, ctx.columns, ctx.write
     step, read, rows = ctx.step, ctx.read, slot.rows
+    returns, acting, writing = ctx.returns, 0.0, 0.0
     started = clock()
     with ctx.streams.active(), torch.inference_mode():
         hx = _begin(ctx, slot)
@@ -42,12 +44,12 @@ def collect(ctx: Context, slot: Slot) -> None:
             t0 = clock()
             actions, hx, info = step(*read(row), hx)
             t1 = clock()
-            write(actions, info, row, nxt)
+            write(actions, info, row)
             t2 = clock()
-            times.actor += t1 - t0
-            times.write += t2 - t1
+            acting += t1 - t0
+            writing += t2 - t1
             ends = columns.step(row, nxt) if live is None else columns.step_some(row, nxt, live)
-            ctx.returns += nxt.rew
+            returns += columns.rewards
             if ends:
                 hx = _end_episodes(ctx, ends, t, nxt, hx)
                 if ctx.sticky and t + 1 < ctx.n_steps:
@@ -55,9 +57,11 @@ def collect(ctx: Context, slot: Slot) -> None:
                     if not live:
                         break
         _finish(ctx, slot, hx)
-    check_rewards(slot.np.state.rew[1:], ctx.clock)
+    check_rewards(slot.np.state.rew[1:], ctx.clock + 1)
     ctx.clock += ctx.n_steps
     times.n_env_steps += int(np.count_nonzero(slot.np.mask))
+    times.actor += acting
+    times.write += writing
     times.total += clock() - started
 
 
@@ -69,7 +73,7 @@ class Context:
         carry: a row that keeps row T of the last fragment, to become row 0 of the next.
         hx: h_0 of the next fragment; tensors of our own, never views of a slot.
         returns: float64 ``[B]``, reward so far of the running episodes.
-        starts: int64 ``[B]``, number of the step with which they began.
+        starts: ``[B]``, number of the step with which they began.
         clock: steps taken by a column since the start.
         step: ``actor.step``, or the same with checks around it.
         read: the actor's inputs from a row, on the actor's device.
@@ -91,7 +95,7 @@ class Context:
     carry: Row = dataclasses.field(init=False)
     hx: Any = dataclasses.field(init=False)
     returns: Array = dataclasses.field(init=False)
-    starts: Array = dataclasses.field(init=False)
+    starts: list[int] = dataclasses.field(init=False)
     clock: int = 0
 
     def __post_init__(self) -> None:
@@ -112,7 +116,7 @@ class Context:
             self.columns.reset(row)
         self.hx = map_leaves(torch.clone, self.initial_hx)
         self.returns = np.zeros(self.spec.n_columns)
-        self.starts = np.full(self.spec.n_columns, self.clock)
+        self.starts = [self.clock] * self.spec.n_columns
 
 
 def first_row(row: Row, actions: Sequence[Array]) -> None:
@@ -131,27 +135,33 @@ class OutputWriter:
     def __init__(self, spec: FragmentSpec) -> None:
         self._act = spec.fields["state.act"].tree
         self._info = spec.fields["actor"].tree
+        self._one_action = self._act.is_leaf()
+        leaves = (*spec.fields["state.act"].leaves, *spec.fields["actor"].leaves)
+        self._sizes = [math.prod(leaf.full_shape(spec.n_columns)) // leaf.rows for leaf in leaves]
 
-    def __call__(self, actions: Any, info: Any, row: Row, nxt: Row) -> None:
+    def __call__(self, actions: Any, info: Any, row: Row) -> None:
         try:
-            values: list[Any] = self._act.flatten_up_to(actions) + self._info.flatten_up_to(info)
+            values: list[Any] = self._info.flatten_up_to(info)
+            values[:0] = (actions,) if self._one_action else self._act.flatten_up_to(actions)
         except (ValueError, TypeError) as e:
             raise ActorError(f"the actor returned another structure than at the start: {e}") from e
-        for x, out in zip(values, nxt.act_out + row.actor_out, strict=True):
-            if x.shape != out.shape:  # copy_ would broadcast
-                raise self._misshapen(values, row, nxt)
-            out.copy_(x)
+        try:
+            for x, out, size in zip(values, row.outputs, self._sizes, strict=True):
+                if x.numel() != size:  # copy_ would broadcast; it refuses another shape of the same size
+                    raise self._misshapen(values, row)
+                out.copy_(x)
+        except (AttributeError, TypeError, RuntimeError):  # no tensor, or one of another shape
+            raise self._misshapen(values, row) from None
 
-    def _misshapen(self, values: list[Any], row: Row, nxt: Row) -> ActorError:
+    def _misshapen(self, values: list[Any], row: Row) -> ActorError:
         paths = tree_paths(self._act, "state.act") + tree_paths(self._info, "info")
         path, x, out = next(
             (path, x, out)
-            for path, x, out in zip(paths, values, nxt.act_out + row.actor_out, strict=True)
-            if x.shape != out.shape
+            for path, x, out in zip(paths, values, row.outputs, strict=True)
+            if not isinstance(x, Tensor) or x.shape != out.shape
         )
-        return ActorError(
-            "the actor's output changed its shape", leaf=path, expected=str(list(out.shape)), found=str(list(x.shape))
-        )
+        found = str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        return ActorError("the actor's output changed its shape", leaf=path, expected=str(list(out.shape)), found=found)
 
 
 def _on_host(row: Row) -> Inputs:
@@ -199,16 +209,17 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
         nxt.final_value[truncated] = _value(ctx, nxt, hx).numpy()[truncated]
     started = perf_counter()
     ended = [j for j, _, _ in ends]
-    for obs, kept in zip(nxt.obs, nxt.final_obs, strict=False):
-        kept[ended] = obs[ended]
+    if nxt.final_obs:
+        for obs, kept in zip(nxt.obs, nxt.final_obs, strict=True):
+            kept[ended] = obs[ended]
     after = ctx.clock + t + 1
     for j, terminated, info in ends:
         nxt.fin[j] = True
         nxt.term[j] = terminated
-        ret, length = _episode_statistics(info, float(ctx.returns[j]), after - int(ctx.starts[j]))
+        ret, length = _episode_statistics(info, ctx.returns[j], after - ctx.starts[j])
         nxt.ep_return[j], nxt.ep_length[j] = ret, length
-    ctx.returns[ended] = 0.0
-    ctx.starts[ended] = after
+        ctx.returns[j] = 0.0
+        ctx.starts[j] = after
     ctx.columns.begin(ends, nxt)
     if ctx.resets:
         for j in ended:
@@ -248,7 +259,8 @@ def _finish(ctx: Context, slot: Slot, hx: Any) -> None:
         hidden = ~slot.np.mask
         for a in slot.arrays_of("actor"):
             a[hidden] = 0
-        ctx.starts[frozen] = ctx.clock + ctx.n_steps
+        for j in frozen:
+            ctx.starts[j] = ctx.clock + ctx.n_steps
         if ctx.resets:
             for j in frozen:
                 hx = ctx.actor.reset(j, hx)

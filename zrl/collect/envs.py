@@ -7,10 +7,10 @@ writes what came of one step of all columns into the next row, with the *final* 
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -25,14 +25,19 @@ from zrl.errors import EnvError
 from zrl.metrics import StageTimes
 
 End = tuple[int, bool, dict[str, Any]]  # column, terminated, the info of the final step
-_shape_of = attrgetter("shape")
 _RANK = {"b": 0, "u": 1, "i": 1, "f": 2, "c": 3}  # a value may move to a kind of at least its rank
 
 
 class Columns(Protocol):
-    """``B`` environments that are stepped together. All writing goes into rows of the slot in hand."""
+    """``B`` environments that are stepped together. All writing goes into rows of the slot in hand.
+
+    Attributes:
+        n: B.
+        rewards: float64 ``[B]``, the rewards of the last step before they were rounded to float32.
+    """
 
     n: int
+    rewards: Array
 
     def reset(self, row: Row) -> None:
         """Begin an episode in every column, the very first one with its seed: observations into `row`."""
@@ -64,7 +69,7 @@ class LeafWriter:
         self.shape = spec.shape
         self.dtype = np.dtype(spec.dtype)
         self.write = self._write_arrays if spec.shape else self._write_scalars
-        self._shapes = [spec.shape] * n
+        self._lengths = [spec.shape[0]] * n if spec.shape else []
         self._scalars = (n,)
         self._casting = "no"
         self._debug = debug
@@ -72,10 +77,11 @@ class LeafWriter:
 
     def _write_arrays(self, values: Sequence[Any], row: Array, flat: Array) -> None:
         try:
-            if list(map(_shape_of, values)) == self._shapes:
+            # concatenate itself refuses other dtypes, other numbers of axes, other lengths of all axes but the first
+            if list(map(len, values)) == self._lengths:
                 np.concatenate(values, 0, flat, casting=self._casting)  # type: ignore[call-overload]
                 return
-        except (AttributeError, TypeError):
+        except (TypeError, ValueError):
             pass
         for j, x in enumerate(values):
             self.write_one(j, x, row)
@@ -116,8 +122,8 @@ class LeafWriter:
             return
         if self._debug:
             raise self._refusal(j, f"{a.dtype}{list(a.shape)}")
-        if np.can_cast(a.dtype, self.dtype, "same_kind"):
-            self._casting = "same_kind"
+        if self.dtype.kind in "fc" and np.can_cast(a.dtype, self.dtype, "same_kind"):
+            self._casting = "same_kind"  # not for integers: their limits are looked at every time
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -205,6 +211,8 @@ def _leaf_reader(space: gym.Space[Any]) -> Callable[[Array], list[Any]]:
         return lambda a: a.tolist()
     if isinstance(space, gym.spaces.Box):
         low, high = space.low, space.high
+        if not space.shape:  # arrays, not the NumPy scalars that `list` makes
+            return lambda a: [np.asarray(x) for x in np.clip(a, low, high).astype(dtype)]
         if np.isfinite(low).any() or np.isfinite(high).any():
             return lambda a: list(np.clip(a, low, high).astype(dtype, copy=False))
     # copies: an environment may keep its action, or write into it
@@ -226,6 +234,7 @@ class PlainColumns:
         self, envs: Sequence[Any], layout: EnvLayout, seeds: Sequence[int], times: StageTimes, *, debug: bool = False
     ) -> None:
         self.n = len(envs)
+        self.rewards: Array = np.zeros(self.n)
         self._envs = list(envs)
         self._steps = [env.step for env in envs]
         self._seeds = list(seeds)
@@ -249,21 +258,23 @@ class PlainColumns:
         rewards: list[float] = []
         infos: list[dict[str, Any]] = []
         ends: list[End] = []
+        keep_infos = bool(self._info_keys)
         started = perf_counter()
         try:
-            for j, step in enumerate(self._steps):
-                obs, rew, terminated, truncated, info = step(actions[j])
+            for step, action in zip(self._steps, actions, strict=True):
+                obs, rew, terminated, truncated, info = step(action)
+                if terminated or truncated:
+                    ends.append((len(rewards), bool(terminated), info))
+                if keep_infos:
+                    infos.append(info)
                 observations.append(obs)
                 rewards.append(rew)
-                infos.append(info)
-                if terminated or truncated:
-                    ends.append((j, bool(terminated), info))
         except Exception as e:
-            raise _failure(e, j, actions) from e
+            raise _failure(e, len(rewards), actions) from e
         stepped = perf_counter()
         self._write_obs.write(observations, nxt)
-        _write_rewards(rewards, nxt.rew)
-        if self._info_keys:
+        self.rewards = nxt.rew[:] = _reward_array(rewards)
+        if keep_infos:
             self._write_infos(infos, row.env)
         written = perf_counter()
         self._times.env += stepped - started
@@ -277,7 +288,7 @@ class PlainColumns:
         frozen[live] = False
         for a, b in zip(row.act, nxt.act, strict=True):
             b[frozen] = a[frozen]
-        nxt.rew[:] = 0.0
+        self.rewards = np.zeros(self.n)
         for a in row.env:
             a[:] = 0
         actions = self._read_actions(nxt.act)
@@ -291,11 +302,12 @@ class PlainColumns:
                 raise _failure(e, j, actions) from e
             self._times.env += perf_counter() - started
             self._write_obs.write_one(j, obs, nxt.obs)
-            nxt.rew[j] = _checked_reward(rew, j)
+            self.rewards[j] = _checked_reward(rew, j)
             if self._info_keys:
                 self._write_info(j, info, row.env)
             if ended:
                 ends.append((j, bool(terminated), info))
+        nxt.rew[:] = self.rewards
         return ends
 
     def begin(self, ends: Iterable[End], row: Row) -> None:
@@ -326,8 +338,9 @@ class PlainColumns:
             a[j] = value
 
     def close(self) -> None:
-        for env in self._envs:
-            env.close()
+        with contextlib.ExitStack() as every:  # all of them, even if one of them raises
+            for env in reversed(self._envs):
+                every.callback(env.close)
 
 
 def _failure(e: Exception, j: int, actions: Sequence[Any]) -> EnvError:
@@ -343,16 +356,15 @@ def _failure(e: Exception, j: int, actions: Sequence[Any]) -> EnvError:
     )
 
 
-def _write_rewards(rewards: Sequence[Any], row: Array) -> None:
+def _reward_array(rewards: Sequence[Any]) -> Array:
+    """Scalar rewards as float64 ``[B]``; raises `EnvError` as `_checked_reward` does."""
     try:
         a = np.array(rewards, np.float64)
-        if a.shape == row.shape:
-            row[:] = a
-            return
+        if a.ndim == 1:
+            return a
     except (TypeError, ValueError):
         pass
-    for j, r in enumerate(rewards):
-        row[j] = _checked_reward(r, j)
+    return np.array([_checked_reward(r, j) for j, r in enumerate(rewards)])
 
 
 def _checked_reward(r: Any, j: int) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.collect import OutputWriter, first_row
-from zrl.collect.envs import PlainColumns
+from zrl.collect.envs import PlainColumns, check_rewards
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
 from zrl.collect.spaces import probe_env
 from zrl.data.fragment import Array, Inputs, Slot, map_leaves
@@ -58,7 +58,7 @@ def evaluate(
         raise ActorError("not an actor", expected="a zrl.BaseActorModule", found=type(module).__name__)
     n, dev = len(envs), torch.device(device or "cpu")
     # the probe resets the first environment, and so would use up one of its seeds
-    layout = probe_env(envs[0], None, seed=0 if seed is None else seed, may_step=False)
+    layout = probe_env(envs[0], None, seed=seed, may_step=False)
     actor_layout = probe_actor(module, layout, n, dev)
     slot = Slot(fragment_spec(layout, actor_layout, 1, n))
     seeds = [] if seed is None else [seed + j for j in range(n)]
@@ -73,9 +73,10 @@ def evaluate(
         while live and (n_steps is None or len(rewards) < n_steps):
             inputs: Inputs = map_leaves(lambda x: x.to(dev), row.inputs)
             actions, hx, info = module.step(*inputs, hx)
-            write(actions, info, row, nxt)
+            write(actions, info, row)
             ends = columns.step_some(row, nxt, live)
             rewards.append(nxt.rew.astype(np.float64))
+            check_rewards(nxt.rew[None], len(rewards))
             if render:
                 for j in live:
                     envs[j].render()

@@ -56,7 +56,9 @@ def probe_actor(actor: BaseActorModule, layout: EnvLayout, n_columns: int, devic
         act = _action_specs(actions, layout.act, n_columns)
         infos = _info_specs(info, n_columns)
         initial = _initial(actor, hx, n_columns)
+        kept_hx = map_leaves(torch.clone, initial)
         _, again, _ = _call(actor, inputs, initial)
+        check_untouched((initial,), (kept_hx,), names=("hx",))
         if _shapes(again) != _shapes(initial):
             raise ActorError(
                 "the recurrent state changes its shape", leaf="hx", expected=_shapes(initial), found=_shapes(again)
@@ -153,7 +155,7 @@ def _action_specs(actions: Any, spaces: Any, n: int) -> Any:
             )
         if x.is_floating_point() != (np.dtype(space.dtype).kind == "f"):
             raise ActorError("an action is of the wrong kind", leaf=path, expected=str(space), found=str(x.dtype))
-        if not all(space.contains(a) for a in x[0].cpu().numpy()) and not isinstance(space, gym.spaces.Box):
+        if not isinstance(space, gym.spaces.Box) and not all(space.contains(a) for a in x[0].cpu().numpy()):
             raise ActorError(
                 "an action is outside of its space", leaf=path, expected=str(space), found=str(x[0].tolist())
             )

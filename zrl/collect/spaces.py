@@ -67,7 +67,7 @@ def make_env(factory: Factory, seed: int, env_index: int) -> Any:
         env = factory(**kwargs)
     except Exception as e:
         raise EnvError(f"the factory raised {describe(e)}", env_index=env_index, phase="factory") from e
-    if not callable(getattr(env, "step", None)) or not callable(getattr(env, "reset", None)):
+    if isinstance(env, type) or not callable(getattr(env, "step", None)) or not callable(getattr(env, "reset", None)):
         raise EnvError(
             "the factory must return an environment",
             env_index=env_index,
@@ -104,14 +104,16 @@ def reset_env(env: Any, env_index: int, seed: int | None = None) -> Any:
     return result[0]
 
 
-def probe_env(env: Any, info_keys: Mapping[str, Any] | Iterable[str] | None, *, seed: int, may_step: bool) -> EnvLayout:
+def probe_env(
+    env: Any, info_keys: Mapping[str, Any] | Iterable[str] | None, *, seed: int | None, may_step: bool
+) -> EnvLayout:
     """Find the leaves of an environment: from its spaces, and from its first observation where they are silent.
 
     Args:
         env: a scratch instance; it is reset, and stepped with random actions only where `info_keys` is a list of names.
         info_keys: keys of the step's info to record: a mapping from key to dtype, space or example array; or names
             alone, whose dtype and shape are then looked for.
-        seed: for the scratch instance.
+        seed: for the scratch instance; None leaves its random state alone.
         may_step: False if `env` is not a scratch instance; then `info_keys` must state dtypes.
 
     Raises:
@@ -122,7 +124,8 @@ def probe_env(env: Any, info_keys: Mapping[str, Any] | Iterable[str] | None, *, 
     if not isinstance(action_space, gym.Space):
         raise _space_error("action_space", "a gymnasium.Space", type(action_space).__name__)
     observation_space = getattr(env, "observation_space", None)
-    action_space.seed(seed)
+    if seed is not None:
+        action_space.seed(seed)
     obs = reset_env(env, -1, seed)
     act = space_leaves(action_space, "action_space")
     try:
@@ -213,6 +216,8 @@ def _info_specs(env: Any, info_keys: Mapping[str, Any] | Iterable[str], may_step
         found = {key: _declared(key, value) for key, value in info_keys.items()}
     else:
         found = _found_by_stepping(env, list(info_keys), may_step)
+    if reserved := [key for key in found if key.startswith("_")]:
+        raise ConfigError(f"info_keys {reserved}: names with a leading underscore are those of the masks")
     return {name: spec for key, s in found.items() for name, spec in ((key, s), (f"_{key}", ArraySpec("bool")))}
 
 
@@ -235,13 +240,16 @@ def _found_by_stepping(env: Any, keys: list[str], may_step: bool) -> dict[str, A
         raise ConfigError(f"info_keys {keys}: there is no scratch environment to find them with; {advice}")
     found: dict[str, ArraySpec] = {}
     for _ in range(PROBE_STEPS):
-        _, _, terminated, truncated, info = env.step(env.action_space.sample())
+        try:
+            _, _, terminated, truncated, info = env.step(env.action_space.sample())
+        except Exception as e:
+            raise EnvError(f"step raised {describe(e)}", env_index=-1, phase="step") from e
         for key in keys:
             if key not in found and key in info:
                 found[key] = _declared(key, np.asarray(info[key]))
         if len(found) == len(keys):
             return found
         if terminated or truncated:
-            env.reset()
+            reset_env(env, -1)
     missing = [key for key in keys if key not in found]
     raise ConfigError(f"info_keys {missing} did not turn up in {PROBE_STEPS} random steps; {advice}")

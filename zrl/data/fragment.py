@@ -78,18 +78,17 @@ class Row:
         obs: one array per leaf, ``[B, ...]``.
         obs_flat: the same memory with the columns folded into the next axis, ``[B*n, ...]``; where a leaf is a
             scalar, ``[B]``: the target of one `numpy.concatenate` over all columns.
-        act: one array per leaf; `act_out`: the same as tensors.
+        act: one array per leaf.
         rew, fin, term, final_value, ep_return, ep_length: ``[B]``.
         final_obs: one array per leaf; empty unless recorded.
         carried: all arrays of the fields with T+1 rows: what row T of one fragment hands on to row 0 of the next.
-        mask: ``[B]``; `actor_out`: one tensor per leaf of the info dict; `env`: one array per leaf of the environment's
-            info. Empty at row T, which has none.
+        mask: ``[B]``; `env`: one array per leaf of the environment's info.
+        outputs: what the actor's step at row t writes, one tensor per leaf: the action in row t+1, the info in this
+            one. Like `mask` and `env` empty at row T, which has no step.
     """
 
     __slots__ = (
         "act",
-        "act_out",
-        "actor_out",
         "carried",
         "env",
         "ep_length",
@@ -101,6 +100,7 @@ class Row:
         "mask",
         "obs",
         "obs_flat",
+        "outputs",
         "rew",
         "term",
     )
@@ -120,7 +120,6 @@ class Row:
         self.obs: list[Array] = arrays["state.obs"]
         self.obs_flat: list[Array] = [a.reshape(-1, *a.shape[2:]) if a.ndim > 1 else a for a in self.obs]
         self.act: list[Array] = arrays["state.act"]
-        self.act_out: list[torch.Tensor] = tensors["state.act"]
         self.rew: Array = arrays["state.rew"][0]
         self.fin: Array = arrays["state.fin"][0]
         self.term: Array = arrays["state.term"][0]
@@ -131,7 +130,8 @@ class Row:
         self.carried: list[Array] = [a for f in here if rows_of(f, spec.n_steps) > spec.n_steps for a in arrays[f]]
         last = t == spec.n_steps
         self.mask: Array = np.empty(0, bool) if last else arrays["mask"][0]
-        self.actor_out: list[torch.Tensor] = [] if last else tensors["actor"]
+        acts = [x[t + 1 : t + 2] for x in slot.tensors_of("state.act")]
+        self.outputs: list[torch.Tensor] = [] if last else acts + tensors["actor"]
         self.env: list[Array] = [] if last else arrays.get("env", [])
 
 

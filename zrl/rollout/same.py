@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import secrets
 import warnings
@@ -150,10 +151,12 @@ class SameRollout:
             if self._interrupted:
                 ctx.restart()
                 self._interrupted = False
-            batch = self._collect(ctx)
+            with torch.inference_mode(False):  # the user may be inside of it
+                batch = self._collect(ctx)
         except Exception as e:
             self._why_closed = f" after {describe(e)}"
-            self.close()
+            with contextlib.suppress(Exception):  # a broken environment may not close either: the first error counts
+                self.close()
             raise
         except BaseException:  # Ctrl-C: the fragment in hand is lost, the collector is not
             self._interrupted = True

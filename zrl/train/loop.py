@@ -93,15 +93,12 @@ def train(
     torch.set_num_threads(config.threads)
     with StopSignals() as signals, contextlib.ExitStack() as opened:
         try:
-            run_ = _Run(config, opened)
-            run_.start()
-        except Stopped:
-            raise
+            run = _Run(config, opened)
+            folder = RunFolder.create(config)
         except ZrlError as e:
             raise PreflightError(str(e)) from e
-        folder = RunFolder.create(config)
         on_start(config, folder)
-        return run_.train(folder, signals, on_update)
+        return run.train(folder, signals, on_update)
 
 
 class _Run:
@@ -131,11 +128,9 @@ class _Run:
         self.learn_seconds = 0.0
         self.status: Status | None = None
 
-    def start(self) -> None:
-        self.started = time.monotonic()
-
     def train(self, run: RunFolder, signals: StopSignals, on_update: Callable[[Status], None]) -> Result:
         outcome, saved_at = "steps", 0
+        self.started = time.monotonic()
         try:
             while self.step < self.config.steps:
                 batch = next(self.rollout)

@@ -1,0 +1,59 @@
+"""Every benchmark runs, shortened, and prints the keys that it promises; every example runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+KEYS = {
+    "bench_collect.py": (
+        ["--seconds", "0.02", "--rounds", "1"],
+        [
+            *(
+                "collect_over_bare",
+                "collect_over_plain",
+                "nested_over_flat",
+                "recurrent_over_bare",
+                "sticky_over_plain",
+            ),
+            *("share_env", "share_actor", "share_write", "share_reset"),
+        ],
+    ),
+    "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
+}
+EXAMPLES = {"example_seed_a2c.py": ["--epochs", "1"]}
+
+
+def run(name: str, words: list[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / name), *words],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_all_scripts_are_known() -> None:
+    assert {p.name for p in SCRIPTS.glob("*.py")} == set(KEYS) | set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_benchmark_prints_its_keys(name: str) -> None:
+    words, keys = KEYS[name]
+    figures = json.loads(run(name, words).splitlines()[-1])
+    assert set(keys) <= set(figures)
+    assert all(isinstance(x, (int, float)) for x in figures.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name: str) -> None:
+    assert "greedy return" in run(name, EXAMPLES[name])

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from zrl.errors import CheckpointError
+from zrl.train import checkpoint
+
+
+def state(x: float) -> dict[str, object]:
+    return {"weights": {"w": torch.full((3,), x)}, "step": int(x)}
+
+
+def test_newest_is_the_last_saved(tmp_path: Path) -> None:
+    for step in (1, 20, 300):
+        checkpoint.save(tmp_path, step, state(step))
+    path, loaded = checkpoint.newest(tmp_path)
+    assert path.name == "step_000000000300.pt"
+    assert loaded["weights"]["w"].tolist() == [300.0] * 3
+    assert (tmp_path / "latest").resolve() == path.resolve()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    last = checkpoint.save(tmp_path, 2, state(2))
+    last.write_bytes(last.read_bytes()[:-100])
+    path, loaded = checkpoint.newest(tmp_path)
+    assert path.name == "step_000000000001.pt"
+    assert loaded["step"] == 1
+
+
+def test_none_valid_is_an_error_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        checkpoint.newest(tmp_path)
+    checkpoint.save(tmp_path, 1, state(1)).write_bytes(b"garbage")
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints can be read.*step_000000000001"):
+        checkpoint.newest(tmp_path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"weights": Evil()}, tmp_path / "step_000000000001.pt")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        checkpoint.newest(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    old = checkpoint.save(tmp_path, 1, state(1))
+    (tmp_path / ".step_000000000002.pt.part").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        checkpoint.save(tmp_path, 2, state(2))
+    assert checkpoint.newest(tmp_path)[0] == old
+    assert not list(tmp_path.glob(".*"))

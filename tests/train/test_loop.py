@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from zrl.config import ALGORITHMS, TrainConfig
+from zrl.errors import ConfigError
+from zrl.train import checkpoint
+from zrl.train.loop import PreflightError, Status, evaluate_run, train
+
+
+def config(tmp_path: Path, **settings: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "steps": 512,
+        "n_envs": 4,
+        "n_steps": 16,
+        "seed": 3,
+        "epochs": 2,
+        "runs": str(tmp_path),
+    }
+    return TrainConfig(**{**values, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_runs_and_leaves_a_run_folder(tmp_path: Path, algo: str) -> None:
+    seen: list[Status] = []
+    result = train(config(tmp_path, algo=algo), on_update=seen.append)
+    assert result.outcome == "steps"
+    assert [s.step for s in seen] == list(range(64, 513, 64))
+    assert result.plot is not None
+    assert result.plot.stat().st_size > 0
+    rows = result.run.metrics()
+    assert [r["step"] for r in rows] == [s.step for s in seen]
+    assert result.run.config().algo == algo
+    path, state = checkpoint.newest(result.run.checkpoints)
+    assert path == result.checkpoint
+    assert (state["step"], state["update"]) == (512, 8)
+    assert evaluate_run(result.run, 3, seed=0)[1] == evaluate_run(result.run, 3, seed=0)[1]
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    weights = []
+    for _ in range(2):
+        torch.rand(7)  # what was drawn before does not matter
+        result = train(config(tmp_path))
+        weights.append(checkpoint.newest(result.run.checkpoints)[1]["weights"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_stops_at_the_goal(tmp_path: Path) -> None:
+    result = train(config(tmp_path, steps=20_000, stop_at_return=5.0))
+    assert result.outcome == "goal"
+    assert result.status is not None
+    assert result.status.episodes >= 100
+    assert result.status.step < 20_000
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(tmp_path: Path, signum: signal.Signals) -> None:
+    def interrupt(status: Status) -> None:
+        if status.update == 3:
+            os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signum)
+    result = train(config(tmp_path, steps=1_000_000), on_update=interrupt)
+    assert result.outcome == signum.name
+    assert checkpoint.newest(result.run.checkpoints)[1]["update"] == 3
+    assert signal.getsignal(signum) is before
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"env": "NoSuchThing-v0"}, "NoSuchThing"),
+        ({"env": "no_such_module:Thing-v0"}, "no_such_module"),
+        ({"device": "cuda:77"}, "device: 'cuda:77' cannot be used"),
+        ({"device": "abacus"}, "device: 'abacus' cannot be used"),
+    ],
+)
+def test_preflight(tmp_path: Path, settings: dict[str, object], text: str) -> None:
+    with pytest.raises(PreflightError, match=text):
+        train(config(tmp_path, **settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_names_what_is_wrong_with_it() -> None:
+    with pytest.raises(ConfigError, match=r"gamma: expected 0\.0 to 1\.0, not 1\.5"):
+        TrainConfig(gamma=1.5)
+    with pytest.raises(ConfigError, match="steps: expected at least 1, not 0"):
+        TrainConfig(steps=0)
+    with pytest.raises(ConfigError, match=r"lr: expected at least 0\.0, not nan"):
+        TrainConfig(lr=float("nan"))
+    with pytest.raises(ConfigError, match="algo: expected one of"):
+        TrainConfig(algo="dqn")
+    with pytest.raises(ConfigError, match="unknown settings: colour"):
+        TrainConfig.from_dict({"colour": 1})
+
+
+def test_a_config_round_trips() -> None:
+    config = TrainConfig(algo="a2c").resolved(seed=5)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    assert (config.n_envs, config.seed) == (16, 5)
