@@ -115,6 +115,10 @@ class Context:
         with self.streams.active():
             self.columns.reset(row)
         self.hx = map_leaves(torch.clone, self.initial_hx)
+        if self.resets:  # a learnt initial state may have changed since the actor was probed
+            with torch.inference_mode():
+                for j in range(self.spec.n_columns):
+                    self.hx = self.actor.reset(j, self.hx)
         self.returns = np.zeros(self.spec.n_columns)
         self.starts = [self.clock] * self.spec.n_columns
 
@@ -155,10 +159,9 @@ class OutputWriter:
 
     def _misshapen(self, values: list[Any], row: Row) -> ActorError:
         paths = tree_paths(self._act, "state.act") + tree_paths(self._info, "info")
+        triples = list(zip(paths, values, row.outputs, strict=True))
         path, x, out = next(
-            (path, x, out)
-            for path, x, out in zip(paths, values, row.outputs, strict=True)
-            if not isinstance(x, Tensor) or x.shape != out.shape
+            (t for t in triples if not isinstance(t[1], Tensor) or t[1].shape != t[2].shape), triples[0]
         )
         found = str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
         return ActorError("the actor's output changed its shape", leaf=path, expected=str(list(out.shape)), found=found)

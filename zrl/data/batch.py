@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from zrl.data.fragment import Record, State, map_leaves
+from zrl.data.spec import flatten
 from zrl.errors import ConfigError
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
@@ -93,7 +94,7 @@ class Batch(Record):
         def fill(x: torch.Tensor) -> torch.Tensor:
             if x.is_floating_point() or x.is_complex():
                 return x.fill_(torch.nan)
-            return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).min)
+            return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).min or torch.iinfo(x.dtype).max)
 
         self._map(fill)
 
@@ -153,6 +154,8 @@ class Batch(Record):
         if by == "column":
             return whole._by_column(size, generator)
         if by == "step":
+            if flatten(self.hx)[0]:
+                raise ConfigError('minibatches: by="step" tears recurrent state apart; use by="column"')
             return whole._by_step(size, generator)
         raise ConfigError(f'minibatches: by must be "column" or "step", not {by!r}')
 
@@ -166,15 +169,11 @@ class Batch(Record):
             yield self._cut(cut, cut, cut, cut)
 
     def _by_step(self, size: int, generator: torch.Generator | None) -> Iterator[Batch]:
-        hx: list[torch.Tensor] = []
-        map_leaves(hx.append, self.hx)
-        if hx:
-            raise ConfigError('minibatches: by="step" tears recurrent state apart; use by="column"')
         # v(x_{t+1}) of a single step: the actor's value one row on, and the bootstrap behind the last row
         values = torch.cat([self.actor["value"][1:], self.bootstrap])
         rows, columns = self.mask.nonzero(as_tuple=True)
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
-        for pick in torch.split(order, size):
+        for pick in torch.split(order, size) if len(order) else ():
             t, j = rows[pick], columns[pick]
             pair = torch.stack([t, t + 1])
             new = self._cut(

@@ -118,7 +118,9 @@ class Row:
             tensors["state.fin"][0],
         )
         self.obs: list[Array] = arrays["state.obs"]
-        self.obs_flat: list[Array] = [a.reshape(-1, *a.shape[2:]) if a.ndim > 1 else a for a in self.obs]
+        self.obs_flat: list[Array] = [
+            a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) if a.ndim > 1 else a for a in self.obs
+        ]
         self.act: list[Array] = arrays["state.act"]
         self.rew: Array = arrays["state.rew"][0]
         self.fin: Array = arrays["state.fin"][0]

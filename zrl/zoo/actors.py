@@ -27,16 +27,25 @@ class Features(nn.Module):
 
     def __init__(self, space: gym.Space[Any]) -> None:
         super().__init__()
-        self._spaces, self._tree = flatten(space_leaves(space, "observation_space"))
+        self._nested = space_leaves(space, "observation_space")
+        self._spaces, _ = flatten(self._nested)
         self.size = sum(gym.spaces.flatdim(s) for s in self._spaces)
-        self._plain = self._tree.is_leaf() and isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        self._plain = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
 
     def forward(self, obs: Any) -> Tensor:
         if self._plain:
             x: Tensor = obs
             return x if x.dtype == torch.float32 else x.float()
-        leaves: list[Any] = self._tree.flatten_up_to(obs)
-        return torch.cat([_encode(s, x) for s, x in zip(self._spaces, leaves, strict=True)], dim=-1)
+        return torch.cat([_encode(s, x) for s, x in zip(self._spaces, _leaves(self._nested, obs), strict=True)], dim=-1)
+
+
+def _leaves(spaces: Any, obs: Any) -> list[Tensor]:
+    """Leaves of an observation in the order of `flatten`; for a Tuple space a list or a namedtuple will do too."""
+    if isinstance(spaces, dict):
+        return [x for key in sorted(spaces) for x in _leaves(spaces[key], obs[key])]
+    if isinstance(spaces, tuple):
+        return [x for sub, y in zip(spaces, obs, strict=True) for x in _leaves(sub, y)]
+    return [obs]
 
 
 def _encode(space: gym.Space[Any], x: Tensor) -> Tensor:
@@ -71,9 +80,9 @@ class PolicyHead(nn.Module):
         elif isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
             sizes, start = _sizes(space)
             self.linear = _linear(n_features, len(sizes) * max(sizes), gain=0.01)
-            real = torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(-1)
+            self._logits = (*self._shape, max(sizes))
+            real = (torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(-1)).reshape(self._logits)
             self.register_buffer("_absent", ~real if not real.all() else None, persistent=False)
-            self._sizes = len(sizes), max(sizes)
         else:
             raise ActorError(
                 "no default policy for this action space; write an actor of your own (zrl.BaseActorModule)",
@@ -93,7 +102,7 @@ class PolicyHead(nn.Module):
             }
         if not self._shape:
             return {"logits": out}
-        logits = out.reshape(*lead, *self._sizes)
+        logits = out.reshape(*lead, *self._logits)
         return {"logits": logits if self._absent is None else logits.masked_fill(self._absent, -torch.inf)}
 
     def act(self, info: dict[str, Tensor], *, sample: bool) -> Tensor:
@@ -103,7 +112,7 @@ class PolicyHead(nn.Module):
             return torch.normal(mean, info["log_std"].exp()) if sample else mean
         logits = info["logits"]
         index = algo.categorical(logits) if sample else logits.argmax(-1)
-        return self.shift(index.reshape(*logits.shape[:2], *self._shape), 1)
+        return self.shift(index, 1)
 
     def shift(self, act: Tensor, sign: int) -> Tensor:
         """From indices to actions (`sign` 1), or back (−1), where a space does not start at 0."""

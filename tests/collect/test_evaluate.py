@@ -1,0 +1,151 @@
+"""Episodes played for their rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.toys import Array, CountingActor, CountingEnv, DrawingEnv, RandomActor, SpoiltEnv, reward_of
+from zrl import ActorError, ConfigError, EnvError, evaluate
+from zrl.zoo import MLPActor
+
+
+def total(rewards: list[Array]) -> list[float]:
+    """The undiscounted returns, as the docstring has it."""
+    returns: Any = sum(rewards)
+    assert returns.dtype == np.float64
+    return [float(x) for x in returns]
+
+
+def test_rewards_by_arithmetic() -> None:
+    """One episode in every environment; 0 where it is over; it stops when all are."""
+    envs = [CountingEnv({2: "term"}), CountingEnv({4: "trunc"}, column=1), CountingEnv({1: "both"}, column=2)]
+    rewards = evaluate(envs, CountingActor())
+    assert [r.tolist() for r in rewards] == [[1, 1, 1], [2, 2, 0], [0, 3, 0], [0, 4, 0]]
+    assert all(r.dtype == np.float64 for r in rewards)
+    assert total(rewards) == [3, 10, 1]
+    assert [env.n for env in envs] == [2, 4, 1]
+    assert [env.n_closed for env in envs] == [0, 0, 0]
+
+
+def test_at_most_n_steps() -> None:
+    envs = [CountingEnv({2: "term"}), CountingEnv()]
+    assert [r.tolist() for r in evaluate(envs, CountingActor(), 3)] == [[1, 1], [2, 2], [0, 3]]
+    assert [r.tolist() for r in evaluate([CountingEnv()], CountingActor(), n_steps=1)] == [[1]]
+
+
+def test_the_actor_sees_what_it_should() -> None:
+    """Its state, the last action and reward: the actions are those of a rollout."""
+    envs = [CountingEnv({6: "term"}, column=j) for j in range(3)]
+    evaluate(envs, CountingActor())
+    for j, env in enumerate(envs):
+        assert env.actions == [(j + 2 * t + t) % 5 for t in range(6)]
+
+
+def test_environments_can_be_played_again() -> None:
+    """They begin a new episode each time, as unseeded environments do."""
+    envs = [CountingEnv({3: "term", 5: "term"})]
+    assert total(evaluate(envs, CountingActor())) == [6]
+    assert total(evaluate(envs, CountingActor())) == [reward_of(1, 1) + reward_of(1, 2)]
+
+
+def test_unseeded_environments_stay_unseeded() -> None:
+    envs = [CountingEnv({3: "term"}), CountingEnv({3: "term"})]
+    evaluate(envs, CountingActor())
+    assert {seed for env in envs for seed in env.seeds} == {None}
+
+
+def test_repeated_evaluations_are_not_the_same_episode() -> None:
+    envs = [DrawingEnv(), DrawingEnv()]
+    for env in envs:
+        env.reset(seed=1)
+    returns = {tuple(total(evaluate(envs, RandomActor(), n_steps=20))) for _ in range(4)}
+    assert len({a for a, _ in returns}) == len({b for _, b in returns}) == 4
+
+
+def test_seeds() -> None:
+    envs = [CountingEnv({3: "term"}), CountingEnv({3: "term"})]
+    evaluate(envs, CountingActor(), seed=40)
+    assert [env.seeds[-1] for env in envs] == [40, 41]
+
+
+def test_the_mode_of_the_actor_is_left_as_it_is() -> None:
+    """And it is the mode that it acts in: greedily in eval mode, whatever torch's generator says."""
+
+    class Watched(DrawingEnv):
+        def __init__(self) -> None:
+            super().__init__()
+            self.actions: list[int] = []
+
+        def step(self, action: Any) -> Any:
+            self.actions.append(action)
+            return super().step(action)
+
+    env = Watched()
+    torch.manual_seed(0)
+    actor = MLPActor(env.observation_space, env.action_space)
+    acted: dict[bool, set[tuple[int, ...]]] = {True: set(), False: set()}
+    for training in (True, False):
+        actor.train(training)
+        for _ in range(5):
+            env = Watched()
+            evaluate([env], actor, 12, seed=0)
+            acted[training].add(tuple(env.actions))
+        assert actor.training is training
+    assert len(acted[False]) == 1
+    assert len(acted[True]) > 1
+
+
+def test_render_is_called_while_an_episode_runs() -> None:
+    class Shown(CountingEnv):
+        shown = 0
+
+        def render(self) -> Any:
+            self.shown += 1
+
+    envs = [Shown({2: "term"}), Shown({4: "trunc"})]
+    evaluate(envs, CountingActor(), render=True)
+    assert [env.shown for env in envs] == [2, 4]
+    envs = [Shown({2: "term"})]
+    evaluate(envs, CountingActor())
+    assert envs[0].shown == 0
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_actor(wrap: Any) -> None:
+    actor = wrap(CountingActor())
+    assert len(evaluate([CountingEnv({2: "term"})], actor)) == 2
+
+
+def test_nothing_is_left_to_backward_through() -> None:
+    actor = CountingActor()
+    evaluate([CountingEnv({2: "term"})], actor)
+    assert actor.weight.requires_grad
+    assert actor.weight.grad is None
+    assert not actor.weight.is_inference()
+
+
+def test_bad_arguments() -> None:
+    wrong: list[Any] = [[], CountingEnv(), CountingEnv]
+    for envs in wrong:
+        with pytest.raises(ConfigError, match="evaluate"):
+            evaluate(envs, CountingActor())
+    with pytest.raises(ConfigError, match="n_steps"):
+        evaluate([CountingEnv()], CountingActor(), n_steps=0)
+    with pytest.raises(ActorError, match="BaseActorModule"):
+        evaluate([CountingEnv()], torch.nn.Linear(3, 5))
+
+
+def test_bad_environments() -> None:
+    for spoil, leaf, found in (
+        (lambda r: (np.zeros(2), *r[1:]), "state.obs", "float64[2]"),
+        (lambda r: (r[0], np.nan, *r[2:]), "state.rew", "nan"),
+        (lambda r: (r[0], np.zeros(2), *r[2:]), "state.rew", "[2]"),
+    ):
+        with pytest.raises(EnvError) as e:
+            evaluate([CountingEnv({9: "term"}), SpoiltEnv(3, spoil)], CountingActor(), n_steps=9)
+        assert (e.value.env_index, e.value.leaf) == (1, leaf)
+        assert found in e.value.found

@@ -1,0 +1,380 @@
+"""The example actors over all spaces, and the example environments with their known answers."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import namedtuple
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from torch import Tensor
+
+from tests.toys import SpaceEnv
+from zrl import ActorError, BaseActorModule, EnvError
+from zrl.data.fragment import map_leaves
+from zrl.rollout import same
+from zrl.zoo import ChainMDP, CNNActor, GRUActor, MLPActor, NarrowPath, default_actor
+from zrl.zoo.actors import Features
+
+box = gym.spaces.Box
+DISCRETE = gym.spaces.Discrete(4)
+
+ACTIONS: dict[str, gym.Space[Any]] = {
+    "Discrete": DISCRETE,
+    "shifted Discrete": gym.spaces.Discrete(3, start=-7),
+    "one action": gym.spaces.Discrete(1),
+    "MultiDiscrete": gym.spaces.MultiDiscrete([2, 4, 3]),
+    "shifted MultiDiscrete": gym.spaces.MultiDiscrete([2, 3], start=[5, -1]),
+    "MultiDiscrete table": gym.spaces.MultiDiscrete(np.array([[2, 3], [1, 2]]), start=np.array([[0, 1], [2, 3]])),
+    "MultiBinary": gym.spaces.MultiBinary(3),
+    "MultiBinary table": gym.spaces.MultiBinary((2, 2)),
+    "Box": box(-1.0, 1.0, (2,), np.float32),
+    "Box table": box(-np.inf, np.inf, (2, 2), np.float32),
+    "scalar Box": box(0.0, 1.0, (), np.float32),
+    "Box of float64": box(-1.0, 1.0, (2,), np.float64),
+}
+FINITE = {name: space for name, space in ACTIONS.items() if not isinstance(space, box)}
+
+OBSERVATIONS: dict[str, tuple[gym.Space[Any], int]] = {
+    "Box": (box(-1.0, 1.0, (3,), np.float32), 3),
+    "Box of float64": (box(-1.0, 1.0, (3,), np.float64), 3),
+    "scalar Box": (box(-1.0, 1.0, (), np.float32), 1),
+    "Box table": (box(0, 255, (2, 3), np.uint8), 6),
+    "Discrete": (DISCRETE, 4),
+    "shifted Discrete": (gym.spaces.Discrete(3, start=-7), 3),
+    "MultiDiscrete": (gym.spaces.MultiDiscrete([2, 4], start=[1, -3]), 6),
+    "MultiDiscrete table": (gym.spaces.MultiDiscrete(np.array([[2, 3], [1, 2]])), 8),
+    "MultiBinary": (gym.spaces.MultiBinary(3), 3),
+    "MultiBinary table": (gym.spaces.MultiBinary((2, 2)), 4),
+    "Dict": (gym.spaces.Dict(b=DISCRETE, a=gym.spaces.Tuple([box(0, 1, (2,), np.float32), DISCRETE])), 10),
+}
+
+
+def play(env: SpaceEnv, actor: BaseActorModule, n: int = 3, **options: Any) -> list[Any]:
+    """Batches under all checks; the environment checks the actions."""
+    with same.rollout([env], actor, 6, entropy=0, debug=True, **options) as batches:
+        return [next(batches).clone() for _ in range(n)]
+
+
+# -- actors over spaces ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("worker_mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", [MLPActor, GRUActor])
+@pytest.mark.parametrize("space", ACTIONS.values(), ids=ACTIONS)
+def test_actions_of_all_spaces(space: gym.Space[Any], kind: Any, worker_mode: Any) -> None:
+    """Actions are in the space, in its values; the density is that of the actions; every weight gets a gradient."""
+    torch.manual_seed(0)
+    actor = kind(OBSERVATIONS["Box"][0], space)
+    for batch in play(SpaceEnv(OBSERVATIONS["Box"][0], space), actor, worker_mode=worker_mode):
+        s, act = batch.state.rows(0, 6), batch.state.act[1:]
+        assert act.shape == (6, 1, *(space.shape or ()))
+        _, _, info = actor(s.obs, s.act, s.rew, s.fin, hx=batch.hx)
+        log_pi, entropy = actor.log_prob(info, act), actor.entropy(info)
+        assert log_pi.shape == entropy.shape == info["value"].shape == (6, 1)
+        torch.testing.assert_close(log_pi, actor.log_prob(batch.actor, act), rtol=1e-6, atol=1e-6)
+        assert torch.isfinite(log_pi).all()
+        assert torch.isfinite(entropy).all()
+        actor.zero_grad()
+        (log_pi.sum() + entropy.sum() + info["value"].sum()).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in actor.parameters())
+
+
+@pytest.mark.parametrize("space", FINITE.values(), ids=FINITE)
+def test_densities_sum_to_one(space: Any) -> None:
+    """Over all actions of the space; so do their entropies agree with the sum of −p log p."""
+    torch.manual_seed(0)
+    actor = MLPActor(OBSERVATIONS["Box"][0], space)
+    with torch.no_grad():
+        actor.policy.linear.weight.mul_(200)  # far from uniform
+    everything = actions_of(space)
+    n = len(everything)
+    obs = torch.randn(1, 1, 3).expand(1, n, 3)
+    unused = torch.zeros(1, n)
+    with torch.no_grad():
+        _, _, info = actor(obs, unused, unused, unused.bool())
+        log_p = actor.log_prob(info, everything.unsqueeze(0))
+    assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert float(-(log_p.exp() * log_p).sum()) == pytest.approx(float(actor.entropy(info)[0, 0]), abs=1e-5)
+    if n > 1:
+        assert float(log_p.exp().max() / log_p.exp().min()) > 2
+    # and the greedy action is the likeliest one
+    greedy = actor.eval()(obs, unused, unused, unused.bool())[0][0, 0]
+    assert torch.equal(greedy, everything[int(log_p.argmax())])
+    # the sampled ones come as often as their density says
+    torch.manual_seed(1)
+    many = 4000
+    unused = torch.zeros(1, many)
+    drawn = actor.train()(obs[:, :1].expand(1, many, 3), unused, unused, unused.bool())[0][0]
+    for action, p in zip(everything, log_p[0].exp().tolist(), strict=True):
+        share = float((drawn == action).reshape(many, -1).all(-1).float().mean())
+        assert share == pytest.approx(p, abs=0.04)
+
+
+def actions_of(space: Any) -> Tensor:
+    """All actions of a finite space, [n, ...]."""
+    if isinstance(space, gym.spaces.Discrete):
+        return torch.arange(int(space.n)) + int(space.start)
+    shape = space.shape
+    nvec, start = (space.nvec, space.start) if isinstance(space, gym.spaces.MultiDiscrete) else (np.full(shape, 2), 0)
+    grid = np.array(list(itertools.product(*map(range, nvec.ravel())))).reshape(-1, *shape)
+    return torch.from_numpy(grid + start)
+
+
+def test_gaussian_actions() -> None:
+    torch.manual_seed(0)
+    actor = MLPActor(OBSERVATIONS["Box"][0], ACTIONS["Box"])
+    obs, unused = torch.randn(1, 1, 3).expand(1, 4000, 3), torch.zeros(1, 4000)
+    with torch.no_grad():
+        actor.policy.log_std.copy_(torch.tensor([-1.0, 1.0]))
+        drawn, _, info = actor(obs, unused, unused, unused.bool())
+    assert (drawn[0].mean(0) - info["mean"][0, 0]).abs().max() < 0.15
+    assert drawn[0].std(0).tolist() == pytest.approx(np.exp([-1.0, 1.0]).tolist(), rel=0.05)
+    assert torch.equal(actor.eval()(obs, unused, unused, unused.bool())[0], info["mean"])
+
+
+@pytest.mark.parametrize("kind", [MLPActor, GRUActor])
+@pytest.mark.parametrize(("space", "size"), OBSERVATIONS.values(), ids=OBSERVATIONS)
+def test_observations_of_all_spaces(space: gym.Space[Any], size: int, kind: Any) -> None:
+    torch.manual_seed(0)
+    actor = kind(space, DISCRETE)
+    assert actor.features.size == size
+    for batch in play(SpaceEnv(space, DISCRETE), actor):
+        assert torch.isfinite(batch.actor["value"]).all()
+        assert actor.features(batch.state.obs).shape == (7, 1, size)
+        assert actor.features(batch.state.obs).dtype == torch.float32
+
+
+def test_features_by_hand() -> None:
+    spaces = {"b": gym.spaces.Discrete(3, start=1), "a": gym.spaces.Tuple([box(0, 9, (2, 2), np.uint8)])}
+    spaces |= {"c": gym.spaces.MultiDiscrete([2, 3], start=[0, 5]), "d": gym.spaces.MultiBinary(2)}
+    obs = {
+        "a": (torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.uint8),),
+        "b": torch.tensor([[3]]),
+        "c": torch.tensor([[[1, 5]]]),
+        "d": torch.tensor([[[1, 0]]], dtype=torch.int8),
+    }
+    a, b, c, d = [1, 2, 3, 4], [0, 0, 1], [0, 1, 1, 0, 0], [1, 0]
+    assert Features(gym.spaces.Dict(spaces))(obs).tolist() == [[[*a, *b, *c, *d]]]
+
+
+Named = namedtuple("Named", ["x", "y"])
+
+
+@pytest.mark.parametrize("shown", [tuple, list, lambda x: Named(*x)])
+def test_tuples_may_come_as_lists_or_namedtuples(shown: Any) -> None:
+    """As Gymnasium's own check lets them."""
+    space = gym.spaces.Dict(t=gym.spaces.Tuple([box(0, 1, (2,), np.float32), DISCRETE]), a=DISCRETE)
+    env = SpaceEnv(space, DISCRETE, shown=lambda x: {"t": shown(x["t"]), "a": x["a"]})
+    for batch in play(env, MLPActor(space, DISCRETE)):
+        expected = torch.nn.functional.one_hot(batch.state.obs["a"], 4)
+        assert torch.equal(MLPActor(space, DISCRETE).features(batch.state.obs)[..., :4], expected.float())
+
+
+def test_options_of_the_perceptron() -> None:
+    space = OBSERVATIONS["Box"][0]
+    one = MLPActor(space, DISCRETE, hidden=(8,), shared=True)
+    two = MLPActor(space, DISCRETE, hidden=(8,), shared=False, activation=torch.nn.ReLU)
+    n = {actor: sum(p.numel() for p in actor.parameters()) for actor in (one, two)}
+    assert n[two] - n[one] == 3 * 8 + 8
+    play(SpaceEnv(space, DISCRETE), two)
+
+
+# -- recurrent -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p_fin", [0.0, 0.3, 1.0])
+def test_t_rows_at_once_equal_t_steps(p_fin: float) -> None:
+    torch.manual_seed(0)
+    actor = GRUActor(OBSERVATIONS["Box"][0], DISCRETE, hidden=8).eval()
+    n_steps, n = 9, 4
+    obs, hx = torch.randn(n_steps, n, 3), torch.randn(1, n, 8)
+    fin = torch.rand(n_steps, n) < p_fin
+    act, rew = torch.zeros(n_steps, n, dtype=torch.int64), torch.zeros(n_steps, n)
+    with torch.no_grad():
+        actions, last, info = actor(obs, act, rew, fin, hx=hx)
+        h, rows = hx, []
+        for t in range(n_steps):
+            for j in fin[t].nonzero().flatten().tolist():
+                h = actor.reset(j, h)
+            row = slice(t, t + 1)
+            a, h, i = actor.step(obs[row], act[row], rew[row], fin[row], h)
+            rows.append((a, i))
+    torch.testing.assert_close(last, h)
+    assert torch.equal(actions, torch.cat([a for a, _ in rows]))
+    for key in info:
+        torch.testing.assert_close(info[key], torch.cat([i[key] for _, i in rows]))
+
+
+def test_no_state_is_the_initial_state() -> None:
+    actor = GRUActor(OBSERVATIONS["Box"][0], DISCRETE, hidden=8).eval()
+    inputs = torch.randn(2, 3, 3), torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    (a, h, info), (b, g, other) = actor(*inputs), actor(*inputs, hx=torch.zeros(1, 3, 8))
+    assert torch.equal(a, b)
+    assert torch.equal(h, g)
+    assert map_leaves(lambda x: x.shape, info) == map_leaves(lambda x: x.shape, other)
+    assert h.shape == (1, 3, 8)
+
+
+# -- images and defaults ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((4, 36, 40), np.uint8), ((40, 36, 3), np.uint8), ((1, 36, 36), np.float32)]
+)
+def test_images(shape: tuple[int, ...], dtype: Any) -> None:
+    torch.manual_seed(0)
+    space = box(0, 255 if dtype == np.uint8 else 1, shape, dtype)
+    actor = default_actor(space, DISCRETE)
+    assert isinstance(actor, CNNActor)
+    play(SpaceEnv(space, DISCRETE), actor, n=1)
+
+
+def test_channels_first_or_last_and_bytes_or_floats() -> None:
+    """The same image gives the same values."""
+    torch.manual_seed(0)
+    first = CNNActor(box(0, 255, (3, 40, 36), np.uint8), DISCRETE, hidden=16)
+    last = CNNActor(box(0, 255, (40, 36, 3), np.uint8), DISCRETE, hidden=16)
+    floats = CNNActor(box(0, 1, (3, 40, 36), np.float32), DISCRETE, hidden=16)
+    for other in (last, floats):
+        other.load_state_dict(first.state_dict())
+    image, unused = torch.randint(256, (2, 3, 3, 40, 36), dtype=torch.uint8), torch.zeros(2, 3)
+    inputs = unused, unused, unused.bool()
+    expected = first(image, *inputs)[2]["value"]
+    assert expected.shape == (2, 3)
+    torch.testing.assert_close(last(image.movedim(2, -1), *inputs)[2]["value"], expected)
+    torch.testing.assert_close(floats(image.float() / 255, *inputs)[2]["value"], expected)
+
+
+def test_default_actors() -> None:
+    for space, _ in OBSERVATIONS.values():
+        assert type(default_actor(space, DISCRETE)) is MLPActor
+    assert type(default_actor(box(0, 255, (35, 100, 3), np.uint8), DISCRETE)) is MLPActor
+    assert type(default_actor(box(0, 255, (3, 36, 100), np.uint8), DISCRETE)) is CNNActor
+    for space in ACTIONS.values():
+        default_actor(OBSERVATIONS["Box"][0], space)
+
+
+@pytest.mark.parametrize("kind", [default_actor, MLPActor, GRUActor])
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Tuple([DISCRETE]), gym.spaces.Dict(a=DISCRETE), gym.spaces.Text(3), box(0, 9, (2,), np.int64)]
+)
+def test_no_policy_for_an_action_space(kind: Any, space: gym.Space[Any]) -> None:
+    with pytest.raises(ActorError, match="BaseActorModule") as e:
+        kind(OBSERVATIONS["Box"][0], space)
+    assert (e.value.leaf, e.value.found) == ("action_space", str(space))
+    assert "Discrete" in e.value.expected
+
+
+def test_observations_without_a_fixed_shape() -> None:
+    with pytest.raises(EnvError) as e:
+        default_actor(gym.spaces.Dict(x=gym.spaces.Sequence(DISCRETE)), DISCRETE)
+    assert (e.value.leaf, e.value.found) == ("observation_space['x']", "Sequence")
+
+
+@pytest.mark.parametrize("space", [box(0, 1, (3,), np.float32), box(0, 255, (20, 20, 3), np.uint8)])
+def test_no_convolutions_over_what_is_no_image(space: gym.Space[Any]) -> None:
+    with pytest.raises(ActorError) as e:
+        CNNActor(space, DISCRETE)
+    assert e.value.leaf == "observation_space"
+    assert e.value.expected
+    assert e.value.found
+
+
+# -- environments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["NarrowPath", "ChainMDP"])
+def test_environments_pass_gymnasiums_check(name: str) -> None:
+    env = gym.make(f"zrl/{name}-v0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(env.unwrapped, skip_render_check=True)
+    env.close()
+
+
+def test_narrow_path() -> None:
+    env = NarrowPath(length=5, n_actions=3, layout_seed=1)
+    assert env.reset(seed=0) == (0, {})
+    right = [int(a) for a in env.path]
+    assert all(0 <= a < 3 for a in right)
+    steps = [env.step(a) for a in right]
+    assert [obs for obs, *_ in steps] == [1, 2, 3, 4, 5]
+    assert [rew for _, rew, *_ in steps] == [0, 0, 0, 0, 1]
+    assert [(term, trunc) for _, _, term, trunc, _ in steps] == [(False, False)] * 4 + [(True, False)]
+    for k in range(5):  # a wrong action at cell k
+        env.reset()
+        for a in right[:k]:
+            env.step(a)
+        obs, rew, term, trunc, info = env.step((right[k] + 1) % 3)
+        assert (obs, rew, term, trunc, info["fell"]) == (k, 0.0, True, False, True)
+    assert env.observation_space.contains(5)
+    assert not env.observation_space.contains(6)
+
+
+def test_narrow_paths_differ_by_their_layout_alone() -> None:
+    def layout(seed: int) -> list[int]:
+        return [int(a) for a in NarrowPath(length=20, layout_seed=seed).path]
+
+    assert layout(3) == layout(3)
+    assert len({tuple(layout(seed)) for seed in range(5)}) == 5
+    assert set(layout(0)) == {0, 1}
+
+
+def test_narrow_path_shows_itself() -> None:
+    env = NarrowPath(length=3, render_mode="ansi")
+    env.reset()
+    assert env.render() == "@..."
+    env.step(env.path[0])
+    assert env.render() == ".@.."
+    assert NarrowPath().render() is None
+
+
+def test_chain_without_slipping() -> None:
+    env = ChainMDP(length=3, near=2.0, far=10.0, slip=0.0)
+    assert env.reset(seed=0) == (0, {})
+    steps = [env.step(a)[:4] for a in (0, 0, 0, 0, 1, 0, 1, 1)]
+    assert [obs for obs, *_ in steps] == [1, 2, 2, 2, 0, 1, 0, 0]
+    assert [rew for _, rew, *_ in steps] == [0, 0, 10, 10, 2, 0, 2, 2]
+    assert not any(term or trunc for *_, term, trunc in steps)
+
+
+def test_chain_slips_as_often_as_it_says() -> None:
+    env = ChainMDP(slip=0.2)
+    env.reset(seed=0)
+    back = 0
+    for _ in range(4000):
+        obs, *_ = env.step(0)
+        back += obs == 0
+    assert back / 4000 == pytest.approx(0.2, abs=0.02)
+    env = ChainMDP(slip=1.0)
+    env.reset(seed=0)
+    assert env.step(1)[0] == 1  # the other action happens
+
+
+def test_chain_is_repeatable() -> None:
+    def rewards(seed: int) -> list[float]:
+        env = ChainMDP(slip=0.5)
+        env.reset(seed=seed)
+        return [float(env.step(0)[1]) for _ in range(50)]
+
+    assert rewards(1) == rewards(1) != rewards(2)
+
+
+def test_the_chain_is_cut_and_not_over() -> None:
+    """Its time limit truncates: the value of the last state is there to bootstrap from."""
+    actor = MLPActor(gym.spaces.Discrete(5), gym.spaces.Discrete(2))
+    with same.rollout(lambda: gym.make("zrl/ChainMDP-v0"), actor, 150, 2, entropy=0) as batches:
+        batch = next(batches)
+    assert [(e.length, e.truncated) for e in batch.episodes] == [(100, True)] * 2
+    assert (batch.final_value[100] != 0).all()
+    actor = MLPActor(gym.spaces.Discrete(9), gym.spaces.Discrete(2))
+    with same.rollout(lambda: gym.make("zrl/NarrowPath-v0"), actor, 50, 2) as batches:
+        batch = next(batches)
+    assert not any(e.truncated for e in batch.episodes)
+    assert not batch.final_value.any()
