@@ -176,7 +176,7 @@ def main() -> None:
     }
     for loop in loops.values():
         loop(min(0.3, args.seconds))
-    ctx.times.__init__()
+    ctx.times.clear()
     rates: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(args.rounds):
         for name, loop in loops.items():

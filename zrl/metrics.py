@@ -25,6 +25,11 @@ class StageTimes:
     total: float = 0.0
     n_env_steps: int = 0
 
+    def clear(self) -> None:
+        """Start counting anew."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, field.default)
+
     def shares(self) -> dict[str, float]:
         """Share of each stage in the total, in [0, 1]; ``other`` is the rest. Empty before the first fragment."""
         if self.total <= 0:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.toys import CountingActor, CountingEnv, DrawingEnv, RandomActor, SpoiltEnv, simulate
-from zrl import ActorError, Batch, ClosedError, EnvError, FragmentMeta, WeightsError
+from zrl import ActorError, Batch, ClosedError, ConfigError, EnvError, FragmentMeta, WeightsError
 from zrl.data.fragment import map_leaves
 from zrl.data.spec import flatten
 from zrl.rollout import same
@@ -577,3 +578,84 @@ def test_cartpole() -> None:
         assert any(e.truncated for e in batch.episodes)
         truncated = batch.state.fin & ~batch.state.term
         assert torch.equal(batch.final_value != 0, truncated)
+
+
+class Odd(RandomActor):
+    """Behaves for two fragments, then does what it is told."""
+
+    def __init__(self, mischief: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.mischief = mischief
+        self.calls = 0
+
+    def forward(self, obs: Any, act: Any, rew: Any, fin: Any, *, hx: Any = None) -> tuple[Any, Any, Any]:
+        actions, hx, info = super().forward(obs, act, rew, fin, hx=hx)
+        self.calls += 1
+        return self.mischief((actions, hx, info, rew)) if self.calls > 12 else (actions, hx, info)
+
+
+def stop_iteration(_: Any) -> Any:
+    return next(iter(()))
+
+
+def sparse_value(outputs: Any) -> Any:
+    actions, hx, info, _ = outputs
+    return actions, hx, {**info, "value": info["value"].to_sparse()}
+
+
+@pytest.mark.parametrize("mischief", [stop_iteration, sparse_value])
+def test_nothing_ends_silently(mischief: Any) -> None:
+    rollout = same.rollout(CountingEnv, Odd(mischief), 4, 2)
+    with pytest.raises(ActorError):
+        for _ in rollout:
+            pass
+    with pytest.raises(ClosedError, match="ActorError"):
+        next(rollout)
+
+
+def test_an_actor_that_chokes_on_a_nan_reward_is_not_to_blame() -> None:
+    class NaNReward(CountingEnv):
+        def step(self, action: Any) -> Any:
+            obs, _, terminated, truncated, info = super().step(action)
+            return obs, float("nan"), terminated, truncated, info
+
+    def choke(outputs: Any) -> Any:
+        raise ValueError("what is this?")
+
+    actor = Odd(choke)
+    actor.calls = 7  # the probe makes a few calls
+    with same.rollout(NaNReward, actor, 16, 2) as rollout, pytest.raises(EnvError, match="not finite") as caught:
+        next(rollout)
+    assert (caught.value.env_index, caught.value.leaf) == (0, "state.rew")
+
+
+def test_the_containers_of_a_batch_are_the_users() -> None:
+    with same.rollout(CountingEnv, RandomActor(), 4, 2) as rollout:
+        first = next(rollout)
+        first.actor["mine"] = first.mask
+        del first.actor["value"]
+        next(rollout)
+        third = next(rollout)
+    assert "mine" not in third.actor
+    assert "value" in third.actor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"factory": CountingEnv()}, "factory: expected a callable or a list"),
+        ({"factory": None}, "factory: expected a callable or a list"),
+        ({"device": "abacus"}, "device: 'abacus' cannot be used"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used"),
+        ({"max_lag": True}, "max_lag: expected None or an integer"),
+        ({"n_steps": 0}, "n_steps: expected an integer of at least 1, not 0"),
+        ({"n_steps": 2.5}, "n_steps: expected an integer"),
+        ({"n_steps": 10**14}, "cannot be had"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any], text: str) -> None:
+    usual: dict[str, Any] = {"factory": CountingEnv, "actor": RandomActor(), "n_steps": 4, "n_envs": 2}
+    with pytest.raises(ConfigError, match=text):
+        same.rollout(**{**usual, **arguments})
+    with same.rollout(**{**usual, "n_steps": np.int64(4)}) as rollout:
+        assert next(rollout).n_env_steps == 8

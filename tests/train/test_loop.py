@@ -4,14 +4,16 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from zrl.config import ALGORITHMS, TrainConfig
-from zrl.errors import ConfigError
+from zrl.errors import ConfigError, EnvError
 from zrl.train import checkpoint
 from zrl.train.loop import PreflightError, Status, evaluate_run, train
+from zrl.train.stop import Stopped
 
 
 def config(tmp_path: Path, **settings: object) -> TrainConfig:
@@ -105,3 +107,49 @@ def test_a_config_round_trips() -> None:
     config = TrainConfig(algo="a2c").resolved(seed=5)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
     assert (config.n_envs, config.seed) == (16, 5)
+
+
+def test_a_signal_stops_between_two_minibatches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    step: Any = torch.optim.Adam.step
+
+    def counting(self: torch.optim.Adam, *args: object) -> object:
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counting)
+    result = train(config(tmp_path, epochs=1000))
+    assert result.outcome == "SIGINT"
+    assert len(steps) == 5
+    assert result.checkpoint is not None
+
+
+def test_an_error_in_mid_run_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+
+    calls = []
+    step: Any = CartPoleEnv.step
+
+    def failing(self: CartPoleEnv, action: int) -> object:
+        calls.append(1)
+        if len(calls) > 200:
+            raise RuntimeError("the pole broke")
+        return step(self, action)
+
+    monkeypatch.setattr(CartPoleEnv, "step", failing)
+    with pytest.raises(EnvError, match="the pole broke"):
+        train(config(tmp_path))
+    assert checkpoint.newest(next(tmp_path.iterdir()) / "checkpoints")[1]["step"] == 192
+
+
+def test_a_signal_in_preflight_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(config: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr("zrl.train.loop.make_actor", interrupt)
+    with pytest.raises(Stopped):
+        train(config(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -14,17 +14,21 @@ def unroll(
 ) -> tuple[Tensor, Any]:
     """Run `core` over T rows, its state reset before row t where `fin[t]`; y [T, B, ...] and the state after row T-1.
 
-    core    `core(x [t, B, F], hx) -> (y [t, B, ...], hx)`, as `torch.nn.GRU` and `torch.nn.LSTM` are
-    x       [T, B, F]
-    hx      state before row 0: a tensor [L, B, ...], or dicts, lists and tuples of them; None: the initial state
-    fin     [T, B] bool
-    h0      initial state to reset to, like `hx` with leaves [L, ...] or [L, 1, ...]; zeros by default. With hx=None the
-            leaves must be [L, H] or [L, 1, ...], or h0 None as well: then `core` is called with hx=None
-
     The core runs once for each stretch of rows between two resets (of any column): once in all where no episode ends.
     The record's `hx` is already the state after the reset at row 0. To reset it there again changes no value, but it is
-    what gives a learnt `h0` its gradient. Raises `ValueError` on unequal shapes of `x` and `fin`, `TypeError` if `fin`
-    is not boolean.
+    what gives a learnt `h0` its gradient.
+
+    Args:
+        core: ``core(x [t, B, F], hx) -> (y [t, B, ...], hx)``, as `torch.nn.GRU` and `torch.nn.LSTM` are.
+        x: [T, B, F].
+        hx: state before row 0: a tensor [L, B, ...], or dicts, lists and tuples of them; None: the initial state.
+        fin: [T, B] bool.
+        h0: initial state to reset to, like `hx` with leaves [L, ...] or [L, 1, ...]; zeros by default. With ``hx=None``
+            the leaves must be [L, H] or [L, 1, ...], or h0 None as well: then `core` is called with ``hx=None``.
+
+    Raises:
+        ValueError: shapes of `x` and `fin` that do not go together.
+        TypeError: `fin` is not boolean.
     """
     if x.shape[:2] != fin.shape:
         raise ValueError(f"fin must be [T, B] = {tuple(x.shape[:2])} like x, got {tuple(fin.shape)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from zrl.config import TrainConfig
 from zrl.errors import ConfigError, ZrlError
 from zrl.train.loop import PreflightError, Result, evaluate_run, train
 from zrl.train.run_folder import RunFolder
-from zrl.train.stop import Stopped
+from zrl.train.stop import Stopped, StopSignals
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREFLIGHT = 1, 2, 5
 
@@ -35,7 +37,7 @@ def main() -> None:
     """Collect reinforcement learning rollouts, and train with them.
 
     Exit codes: 0 done, 1 failed, 2 usage, 5 environment, actor or machine refused before the first step, 130 or 143
-    stopped by SIGINT or SIGTERM, with a checkpoint saved.
+    stopped by SIGINT or SIGTERM; a checkpoint is saved, if there was an update.
     """
 
 
@@ -57,24 +59,36 @@ def train_command(env: str, eval_episodes: int, require_goal: bool, **settings: 
         raise Failure(str(e), EXIT_USAGE) from e
     if require_goal and config.stop_at_return is None:
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
-    report = reporter(config.steps)
-    try:
-        with report:
-            result = train(config, report.start, report.update)
-        _print_result(result, eval_episodes)
-    except Stopped as e:
-        raise SystemExit(128 + e.signum) from e
-    except PreflightError as e:
-        raise Failure(str(e), EXIT_PREFLIGHT) from e
-    except ZrlError as e:
-        raise Failure(str(e), EXIT_FAILED) from e
+    with _failures() as signals:
+        with reporter(config.steps) as report:
+            result = train(config, report.start, report.update, signals)
+        _print_result(result)
+        if eval_episodes and not result.outcome.startswith("SIG"):
+            with signals.interruptible():
+                _print_evaluation(result.run, eval_episodes)
     if result.outcome.startswith("SIG"):
         raise SystemExit(128 + signal.Signals[result.outcome])
     if require_goal and result.outcome != "goal":
         raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
 
 
-def _print_result(result: Result, eval_episodes: int) -> None:
+@contextlib.contextmanager
+def _failures() -> Iterator[StopSignals]:
+    """What ends a verb, as a message and an exit code."""
+    try:
+        with StopSignals() as signals:
+            yield signals
+    except Stopped as e:
+        raise SystemExit(128 + e.signum) from e
+    except PreflightError as e:
+        raise Failure(str(e), EXIT_PREFLIGHT) from e
+    except ConfigError as e:
+        raise Failure(str(e), EXIT_USAGE) from e
+    except ZrlError as e:
+        raise Failure(str(e), EXIT_FAILED) from e
+
+
+def _print_result(result: Result) -> None:
     status = result.status
     if status is None:
         click.echo("stopped before the first update; nothing to save")
@@ -86,8 +100,6 @@ def _print_result(result: Result, eval_episodes: int) -> None:
     click.echo(f"  run folder  {result.run.path}")
     click.echo(f"  checkpoint  {result.checkpoint}")
     click.echo(f"  plot        {result.plot or 'none: ' + result.plot_problem}")
-    if eval_episodes and not result.outcome.startswith("SIG"):
-        _print_evaluation(result.run, eval_episodes)
 
 
 def _print_evaluation(run: RunFolder, episodes: int, seed: int = 0) -> None:
@@ -103,9 +115,5 @@ def _print_evaluation(run: RunFolder, episodes: int, seed: int = 0) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of the first episode")
 def eval_command(run: Path, episodes: int, seed: int) -> None:
     """Play the newest checkpoint of the run folder RUN greedily, and print mean and minimum of the returns."""
-    try:
+    with _failures() as signals, signals.interruptible():
         _print_evaluation(RunFolder.open(run), episodes, seed)
-    except ConfigError as e:
-        raise Failure(str(e), EXIT_USAGE) from e
-    except ZrlError as e:
-        raise Failure(str(e), EXIT_FAILED) from e

@@ -29,7 +29,7 @@ class Count(click.ParamType[Any]):
             number = float(text[:-1] if factor > 1 else text) * factor
         except ValueError:
             number = 0.5
-        if number != int(number):
+        if not number.is_integer():
             self.fail(f"{value!r} is not a whole number such as 500000, 500k or 1.5M", param, ctx)
         return int(number)
 
@@ -44,7 +44,7 @@ def config_options(cls: type, *, skip: tuple[str, ...] = ()) -> Callable[[Comman
                 continue
             default = "" if field.default is None else f"  [default: {field.default}]"
             command = click.option(
-                f"--{field.name.removeprefix('n_').replace('_', '-')}" if field.name == "n_envs" else _flag(field.name),
+                "--envs" if field.name == "n_envs" else "--" + field.name.replace("_", "-"),
                 field.name,
                 type=_type_of(field.name, hints[field.name]),
                 default=None,
@@ -53,10 +53,6 @@ def config_options(cls: type, *, skip: tuple[str, ...] = ()) -> Callable[[Comman
         return command
 
     return add
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _type_of(name: str, hint: Any) -> click.ParamType[Any]:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from zrl.collect.actor import BaseActorModule
@@ -52,8 +53,9 @@ class CollectOptions:
     def __post_init__(self) -> None:
         for name, least in (("n_steps", 1), ("n_columns", 1), ("entropy", 0), ("index", 0), ("generation", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name}: expected an integer of at least {least}, not {value!r}")
+            object.__setattr__(self, name, int(value))
 
 
 def build(factory: Factory | Sequence[Any], actor: BaseActorModule, options: CollectOptions) -> Context:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.envs import Columns, End, check_rewards
+from zrl.collect.spaces import describe
 from zrl.collect.streams import RandomStreams, undrawn
 from zrl.data.fragment import Array, Inputs, Row, Slot, map_leaves
 from zrl.data.spec import FragmentSpec, flatten, tree_paths
-from zrl.errors import ActorError
+from zrl.errors import ActorError, EnvError, RecordError
 from zrl.metrics import StageTimes
 
 
@@ -36,9 +38,9 @@ def collect(ctx: Context, slot: Slot) -> None:
     step, read, rows = ctx.step, ctx.read, slot.rows
     returns, acting, writing = ctx.returns, 0.0, 0.0
     started = clock()
-    with ctx.streams.active(), torch.inference_mode():
+    live: list[int] | None = None  # the columns that are not frozen; None: all of them
+    with ctx.streams.active(), torch.inference_mode(), _blaming(ctx, slot):
         hx = _begin(ctx, slot)
-        live: list[int] | None = None  # the columns that are not frozen; None: all of them
         for t in range(ctx.n_steps):
             row, nxt = rows[t], rows[t + 1]
             t0 = clock()
@@ -65,11 +67,35 @@ def collect(ctx: Context, slot: Slot) -> None:
     times.total += clock() - started
 
 
+@contextlib.contextmanager
+def _blaming(ctx: Context, slot: Slot) -> Iterator[None]:
+    """Environments' exceptions come as `EnvError` already; whatever else is raised comes out of the actor."""
+    slot.np.state.rew.fill(0)  # so that what is not finite there afterwards is of this fragment
+    try:
+        yield
+    except RecordError:
+        raise
+    except Exception as e:
+        # an actor that was shown a NaN reward is not to blame for what it says to that
+        check_rewards(slot.np.state.rew[1:], ctx.clock + 1)
+        raise ActorError(f"the actor raised {describe(e)}") from e
+
+
 @dataclasses.dataclass
 class Context:
     """What lives on from one fragment to the next.
 
     Attributes:
+        actor: acts, on `device`, as it is.
+        columns: the environments.
+        spec: of the fragments.
+        streams: swapped in while a fragment is made.
+        times: seconds by stage, since the start.
+        initial_hx: the recurrent state of a first row.
+        first_actions: the a_{-1} of a first row, one array a leaf.
+        sticky: freeze a column after an end.
+        n_steps: T.
+        resets: whether the actor is to be told of ends.
         carry: a row that keeps row T of the last fragment, to become row 0 of the next.
         hx: h_0 of the next fragment; tensors of our own, never views of a slot.
         returns: float64 ``[B]``, reward so far of the running episodes.
@@ -96,6 +122,8 @@ class Context:
     hx: Any = dataclasses.field(init=False)
     returns: Array = dataclasses.field(init=False)
     starts: list[int] = dataclasses.field(init=False)
+    n_steps: int = dataclasses.field(init=False)
+    resets: bool = dataclasses.field(init=False)
     clock: int = 0
 
     def __post_init__(self) -> None:
@@ -154,15 +182,16 @@ class OutputWriter:
                 if x.numel() != size:  # copy_ would broadcast; it refuses another shape of the same size
                     raise self._misshapen(values, row)
                 out.copy_(x)
-        except (AttributeError, TypeError, RuntimeError):  # no tensor, or one of another shape
-            raise self._misshapen(values, row) from None
+        except (AttributeError, TypeError, RuntimeError) as e:  # no tensor, or one of another shape
+            raise self._misshapen(values, row) from e
 
     def _misshapen(self, values: list[Any], row: Row) -> ActorError:
         paths = tree_paths(self._act, "state.act") + tree_paths(self._info, "info")
         triples = list(zip(paths, values, row.outputs, strict=True))
-        path, x, out = next(
-            (t for t in triples if not isinstance(t[1], Tensor) or t[1].shape != t[2].shape), triples[0]
-        )
+        wrong = [t for t in triples if not isinstance(t[1], Tensor) or t[1].shape != t[2].shape]
+        if not wrong:  # a sparse tensor, a failed device
+            return ActorError("an output of the actor cannot be copied into the record")
+        path, x, out = wrong[0]
         found = str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
         return ActorError("the actor's output changed its shape", leaf=path, expected=str(list(out.shape)), found=found)
 
@@ -198,7 +227,9 @@ def _value(ctx: Context, row: Row, hx: Any) -> Tensor:
     with undrawn(ctx.device):
         value = ctx.actor.value(*ctx.read(row), hx)
     if tuple(value.shape) != (1, ctx.spec.n_columns):
-        raise ActorError("value() is misshapen", expected=f"[1, {ctx.spec.n_columns}]", found=str(list(value.shape)))
+        raise ActorError(
+            "value() is misshapen", leaf="value()", expected=f"[1, {ctx.spec.n_columns}]", found=str(list(value.shape))
+        )
     host = value[0].cpu()
     ctx.times.actor += perf_counter() - started
     return host
@@ -219,7 +250,7 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
     for j, terminated, info in ends:
         nxt.fin[j] = True
         nxt.term[j] = terminated
-        ret, length = _episode_statistics(info, ctx.returns[j], after - ctx.starts[j])
+        ret, length = _episode_statistics(j, info, ctx.returns[j], after - ctx.starts[j])
         nxt.ep_return[j], nxt.ep_length[j] = ret, length
         ctx.returns[j] = 0.0
         ctx.starts[j] = after
@@ -231,11 +262,21 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
     return hx
 
 
-def _episode_statistics(info: dict[str, Any], ret: float, length: int) -> tuple[float, int]:
+def _episode_statistics(j: int, info: dict[str, Any], ret: float, length: int) -> tuple[float, int]:
     """Return and length of an episode: what ``info["episode"]`` says counts, because wrappers change rewards."""
     episode = info.get("episode")
     if isinstance(episode, dict) and "r" in episode and "l" in episode:
-        return float(np.asarray(episode["r"]).item()), int(np.asarray(episode["l"]).item())
+        try:
+            return float(np.asarray(episode["r"]).item()), int(np.asarray(episode["l"]).item())
+        except (TypeError, ValueError) as e:
+            raise EnvError(
+                "the statistics of an episode are not one number each",
+                env_index=j,
+                phase="step",
+                leaf="info['episode']",
+                expected="'r' and 'l' as scalars",
+                found=repr(episode),
+            ) from e
     return ret, length
 
 
@@ -271,5 +312,8 @@ def _finish(ctx: Context, slot: Slot, hx: Any) -> None:
     slot.pt.bootstrap[0].copy_(_value(ctx, last, hx))
     for kept, a in zip(ctx.carry.carried, last.carried, strict=True):
         kept[:] = a
+    if [h.shape for h in flatten(hx)[0]] != [h.shape for h in slot.tensors_of("hx")]:
+        expected, found = ([list(h.shape) for h in hs] for hs in (slot.tensors_of("hx"), flatten(hx)[0]))
+        raise ActorError("the recurrent state changed its shape", leaf="hx", expected=str(expected), found=str(found))
     # an actor may hand its inputs on as state: keep copies, for the slot will be written again
     ctx.hx = map_leaves(torch.clone, hx)

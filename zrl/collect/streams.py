@@ -64,14 +64,17 @@ class RandomStreams:
         """Swap the worker's states in, and out again."""
         outside, numpy = self._get(), np.random.get_state(legacy=False)
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        self._set(self._states)
-        # Swapping generators costs nothing, copying their states 50 µs each way; but it forgets a normal deviate that
-        # NumPy keeps for the next call. Ours may go, the process's own must come back.
-        np.random.set_bit_generator(self._numpy)  # type: ignore[attr-defined]
+        entered = False
         try:
+            self._set(self._states)
+            # Swapping generators costs nothing, copying their states 50 µs each way; but it forgets a normal deviate
+            # that NumPy keeps for the next call. Ours may go, the process's own must come back.
+            np.random.set_bit_generator(self._numpy)  # type: ignore[attr-defined]
+            entered = True
             yield
         finally:
-            self._states = self._get()
+            if entered:  # not if a signal came in between
+                self._states = self._get()
             self._set(outside)
             np.random.set_bit_generator(generator)  # type: ignore[attr-defined]
             if numpy["has_gauss"]:

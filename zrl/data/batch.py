@@ -52,8 +52,8 @@ class Batch(Record):
 
     @classmethod
     def of_record(cls, record: Record, meta: tuple[FragmentMeta, ...], version: int) -> Batch:
-        """A batch whose tensors are those of `record`."""
-        fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(Record)}
+        """A batch whose tensors are those of `record`, in containers of its own: the user may change these."""
+        fields = {f.name: map_leaves(lambda x: x, getattr(record, f.name)) for f in dataclasses.fields(Record)}
         return cls(**fields, meta=meta, version=version)
 
     @property

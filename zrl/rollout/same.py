@@ -75,11 +75,13 @@ def rollout(
         ConfigError: an argument makes no sense.
         EnvError, ActorError: the environment or the actor cannot be recorded; also raised by ``next()``.
     """
+    if not callable(factory) and not isinstance(factory, (list, tuple)):
+        raise ConfigError(f"factory: expected a callable or a list of environments, not {factory!r:.100}")
     if n_envs is None:
         if callable(factory):
             raise ConfigError("n_envs: needed, unless a list of environments is given")
         n_envs = len(factory)
-    if max_lag is not None and (not isinstance(max_lag, int) or max_lag < 0):
+    if max_lag is not None and (not isinstance(max_lag, int) or isinstance(max_lag, bool) or max_lag < 0):
         raise ConfigError(f"max_lag: expected None or an integer of at least 0, not {max_lag!r}")
     if worker_mode not in ("train", "eval"):
         raise ConfigError(f'worker_mode: expected "train" or "eval", not {worker_mode!r}')
@@ -90,7 +92,7 @@ def rollout(
         keep_final_obs=keep_final_obs,
         info_keys=info_keys,
         entropy=secrets.randbits(64) if entropy is None else entropy,
-        device=torch.device(device or "cpu"),
+        device=usable_device(device or "cpu"),
         debug=debug,
     )
     with torch.inference_mode(False):
@@ -126,7 +128,12 @@ class SameRollout:
         self._weights = np.empty(WeightsManifest.of(acting).nbytes, np.uint8)
         self._ctx: Context | None = build(factory, acting, options)
         self._debug = options.debug
-        self._slots = [Slot(self._ctx.spec, _memory(self._ctx.spec.nbytes, pinned)) for _ in range(N_SLOTS)]
+        try:
+            self._slots = [Slot(self._ctx.spec, _memory(self._ctx.spec.nbytes, pinned)) for _ in range(N_SLOTS)]
+        except MemoryError as e:
+            self._ctx.columns.close()
+            nbytes = N_SLOTS * self._ctx.spec.nbytes
+            raise ConfigError(f"n_steps, n_envs: {N_SLOTS} fragments need {nbytes:,} bytes, which cannot be had") from e
         self._yielded: list[Batch] = []  # debug: clones that are poisoned past their time
         self._auto_publish = auto_publish
         self._close_envs = close
@@ -224,6 +231,18 @@ class SameRollout:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, if tensors can be made there.
+
+    Raises:
+        ConfigError: no such device, or it cannot be used.
+    """
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"device: {str(device)!r} cannot be used: {str(e).splitlines()[0]}") from e
 
 
 def private_copy(actor: torch.nn.Module, device: torch.device, worker_mode: str) -> BaseActorModule:

@@ -30,6 +30,7 @@ from zrl.train.setup import EnvFactory, make_actor, make_optimizer, make_update
 from zrl.train.stop import Stopped, StopSignals
 
 WINDOW = 100  # episodes that the goal is measured over
+LONGEST_EPISODE = 27_000  # steps of an evaluation: half an hour of a game at 60 frames a second, four to a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Result:
     plot_problem: str = ""
 
 
+class DivergedError(ZrlError):
+    """The loss is not finite: the weights are of no use any more."""
+
+
 class PreflightError(ZrlError):
     """Environment, actor or machine were refused before the first step; the reason is ``__cause__``."""
 
@@ -77,42 +82,50 @@ def train(
     config: TrainConfig,
     on_start: Callable[[TrainConfig, RunFolder], None] = lambda config, run: None,
     on_update: Callable[[Status], None] = lambda status: None,
+    signals: StopSignals | None = None,
 ) -> Result:
-    """Train until the goal, the last step, or SIGINT or SIGTERM; a checkpoint is saved however it ends.
+    """Train until the goal, the last step, or SIGINT or SIGTERM.
+
+    A checkpoint is saved however it ends, unless there was no update or the loss was not finite. Torch's number of
+    threads and the global random seeds are set for the process.
 
     Args:
         config: what to do; None values are resolved first.
         on_start: called once with the resolved config and the new run folder.
         on_update: called after every update.
+        signals: entered already; if None, signals are handled here, while this runs.
 
     Raises:
-        PreflightError: environment, actor or device were refused before the first step.
+        PreflightError: environment, actor, device or folder were refused before the first step.
         ZrlError: collecting or saving failed later.
+        Stopped: a signal came before the first step.
     """
     config = config.resolved(secrets.randbits(31))
     torch.set_num_threads(config.threads)
-    with StopSignals() as signals, contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened:
+        signals = opened.enter_context(StopSignals()) if signals is None else signals
         try:
-            run = _Run(config, opened)
+            with signals.interruptible():
+                run = _Run(config, opened, signals)
             folder = RunFolder.create(config)
         except ZrlError as e:
             raise PreflightError(str(e)) from e
         on_start(config, folder)
-        return run.train(folder, signals, on_update)
+        return run.train(folder, on_update)
 
 
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, config: TrainConfig, opened: contextlib.ExitStack) -> None:
+    def __init__(self, config: TrainConfig, opened: contextlib.ExitStack, signals: StopSignals) -> None:
         self.config = config
+        self.signals = signals
         assert config.seed is not None
         assert config.n_steps is not None
-        _check_device(config.device)
         seed_everything(config.seed)
-        self.actor = make_actor(config).to(config.device)
+        self.actor = make_actor(config).to(same.usable_device(config.device))
         self.optimizer = make_optimizer(config, self.actor)
-        self.update = make_update(config, self.actor, self.optimizer)
+        self.update = make_update(config, self.actor, self.optimizer, signals.check)
         self.rollout = opened.enter_context(
             same.rollout(
                 EnvFactory(config.env),
@@ -128,31 +141,40 @@ class _Run:
         self.learn_seconds = 0.0
         self.status: Status | None = None
 
-    def train(self, run: RunFolder, signals: StopSignals, on_update: Callable[[Status], None]) -> Result:
-        outcome, saved_at = "steps", 0
+    def train(self, run: RunFolder, on_update: Callable[[Status], None]) -> Result:
         self.started = time.monotonic()
         try:
-            while self.step < self.config.steps:
-                batch = next(self.rollout)
-                with signals.shielded():
-                    self._learn(batch)
-                    self.status = self._status(batch)
-                    run.append_metrics(_flat(self.status))
-                    if self.step - saved_at >= self.config.checkpoint_every:
-                        saved_at = self.step
-                        self._save(run)
-                on_update(self.status)
-                if self._goal_reached():
-                    outcome = "goal"
-                    break
+            outcome = self._updates(run, on_update)
         except Stopped as e:
             outcome = str(e)
+        except DivergedError:
+            raise
+        except ZrlError:
+            with contextlib.suppress(CheckpointError):  # the first error counts
+                self._save(run)
+            raise
         except OSError as e:
             raise CheckpointError(f"cannot write to {str(run.path)!r}: {e}; is the disk full?") from e
-        with contextlib.suppress(Stopped), signals.shielded():  # a signal now asks for what is under way
-            saved = self._save(run) if self.n_updates else None
-            plot, problem = _plot(run, self.config)
+        saved = self._save(run)
+        plot, problem = _plot(run, self.config)
         return Result(outcome, run, self.status, saved, plot, problem)
+
+    def _updates(self, run: RunFolder, on_update: Callable[[Status], None]) -> str:
+        """Collect and learn until the goal or the last step; which of the two."""
+        saved_at = 0
+        while self.step < self.config.steps:
+            with self.signals.interruptible():
+                batch = next(self.rollout)
+            self._learn(batch)
+            self.status = self._status(batch)
+            run.append_metrics(_flat(self.status))
+            if self.step - saved_at >= self.config.checkpoint_every:
+                saved_at = self.step
+                self._save(run)
+            on_update(self.status)
+            if self._goal_reached():
+                return "goal"
+        return "steps"
 
     def _learn(self, batch: Batch) -> None:
         started = time.monotonic()
@@ -160,7 +182,7 @@ class _Run:
         self.losses = self.update(batch)
         bad = [name for name, x in self.losses.items() if not math.isfinite(x)]
         if bad:
-            raise ZrlError(f"the loss is not finite ({', '.join(bad)}); try a smaller --lr")
+            raise DivergedError(f"the loss is not finite ({', '.join(bad)}); try a smaller --lr")
         self.step += batch.n_env_steps
         self.n_updates += 1
         self.n_episodes += len(batch.episodes)
@@ -195,7 +217,10 @@ class _Run:
             shares={**shares, "learn": self.learn_seconds / seconds},
         )
 
-    def _save(self, run: RunFolder) -> Path:
+    def _save(self, run: RunFolder) -> Path | None:
+        """A checkpoint of the state after the last step of the optimizer; nothing before the first."""
+        if not self.optimizer.state:
+            return None
         state = {
             "weights": self.actor.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -207,13 +232,6 @@ class _Run:
             "torch_rng": torch.get_rng_state(),
         }
         return checkpoint.save(run.checkpoints, self.step, state)
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device: {name!r} cannot be used: {str(e).splitlines()[0]}") from e
 
 
 def seed_everything(seed: int) -> None:
@@ -242,6 +260,8 @@ def _plot(run: RunFolder, config: TrainConfig) -> tuple[Path | None, str]:
 def evaluate_run(run: RunFolder, episodes: int, *, seed: int | None = None) -> tuple[Path, list[float]]:
     """Play a run's newest checkpoint greedily, one episode in each of `episodes` environments; gives their returns.
 
+    Episodes are cut at `LONGEST_EPISODE` steps.
+
     Raises:
         CheckpointError: no checkpoint can be read, or it does not fit the actor.
         EnvError, ActorError, ConfigError: environment or actor cannot be made.
@@ -252,8 +272,8 @@ def evaluate_run(run: RunFolder, episodes: int, *, seed: int | None = None) -> t
     factory = EnvFactory(config.env)
     with contextlib.ExitStack() as opened:
         envs = [opened.enter_context(contextlib.closing(factory())) for _ in range(episodes)]
-        total = np.sum(evaluate(envs, actor, seed=seed), axis=0)
-    return path, [float(x) for x in total]
+        rewards = evaluate(envs, actor, n_steps=LONGEST_EPISODE, seed=seed)
+    return path, [float(x) for x in np.sum(rewards, axis=0)]
 
 
 def load_actor(config: TrainConfig, state: dict[str, Any], path: Path) -> BaseActorModule:

@@ -32,12 +32,13 @@ class RunFolder:
         """
         name = f"{_safe(config.env)}__{config.algo}__s{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            for attempt in range(1000):
-                path = Path(config.runs) / (name if attempt == 0 else f"{name}-{attempt}")
-                if not path.exists():
-                    break
+            path = Path(config.runs) / name
+            n = 0
+            while not _made(path):  # another run of the same second
+                n += 1
+                path = Path(config.runs) / f"{name}-{n}"
             run = cls(path)
-            run.checkpoints.mkdir(parents=True)
+            run.checkpoints.mkdir()
             run.plots.mkdir()
             (path / "config.json").write_text(json.dumps(config.as_dict(), indent=2) + "\n")
         except OSError as e:
@@ -84,6 +85,15 @@ class RunFolder:
             except ValueError:
                 break
         return rows
+
+
+def _made(path: Path) -> bool:
+    """Make a folder; False where there is one already."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _safe(name: str) -> str:

@@ -60,14 +60,22 @@ def make_optimizer(config: TrainConfig, actor: torch.nn.Module) -> torch.optim.O
     return torch.optim.Adam(actor.parameters(), lr=config.lr or 0.0, eps=1e-5, fused=True)
 
 
-def make_update(config: TrainConfig, actor: BaseActorModule, optimizer: torch.optim.Optimizer) -> Update:
-    """The function that improves `actor` with one batch, and returns the mean of what its losses report."""
+def make_update(
+    config: TrainConfig,
+    actor: BaseActorModule,
+    optimizer: torch.optim.Optimizer,
+    pause: Callable[[], None] = lambda: None,
+) -> Update:
+    """The function that improves `actor` with one batch, and returns the mean of what its losses report.
+
+    `pause` is called between two steps of the optimizer; it may raise.
+    """
     common: dict[str, Any] = {"gamma": config.gamma, "c_entropy": config.c_entropy}
 
     def descend(loss: torch.Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(actor.parameters(), config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(actor.parameters(), config.max_grad_norm or 0.0)
         optimizer.step()
 
     def once(loss: torch.Tensor, info: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -92,6 +100,7 @@ def make_update(config: TrainConfig, actor: BaseActorModule, optimizer: torch.op
             for part in batch.minibatches(size, by="column" if recurrent else "step", extra=extra):
                 loss, info = algo.ppo(part, actor, clip=config.clip, c_value=config.c_value, **common)
                 descend(loss)
+                pause()
                 infos.append(info)
         return {name: float(torch.stack([i[name] for i in infos]).mean()) for name in infos[0]}
 

@@ -24,14 +24,15 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into `Stopped`; inside `shielded` only when that is left. The second one kills.
+    """Turns the first SIGINT or SIGTERM into `Stopped`, at points where nothing can be torn; the second one kills.
 
-    Use as a context manager, in the main thread; in another thread it does nothing.
+    `Stopped` is raised inside `interruptible`, at once, and by `check`; nowhere else. Use as a context manager, in the
+    main thread; in another thread it does nothing.
     """
 
     def __init__(self) -> None:
         self._pending: int | None = None
-        self._n_shields = 0
+        self._may_raise = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -47,16 +48,20 @@ class StopSignals:
         if self._pending is not None:
             os._exit(128 + signum)
         self._pending = signum
-        if not self._n_shields:
+        if self._may_raise:
             raise Stopped(signum)
 
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has come."""
+        if self._pending is not None:
+            raise Stopped(self._pending)
+
     @contextlib.contextmanager
-    def shielded(self) -> Iterator[None]:
-        """Work that must not be torn: a signal that comes meanwhile counts at its end."""
-        self._n_shields += 1
+    def interruptible(self) -> Iterator[None]:
+        """Work that may be given up at any point: waiting, collecting, evaluating."""
         try:
+            self._may_raise = True
+            self.check()
             yield
         finally:
-            self._n_shields -= 1
-        if self._pending is not None and not self._n_shields:
-            raise Stopped(self._pending)
+            self._may_raise = False
