@@ -52,6 +52,8 @@ def collect(ctx: Context, slot: Slot) -> None:
             writing += t2 - t1
             ends = columns.step(row, nxt) if live is None else columns.step_some(row, nxt, live)
             returns += columns.rewards
+            if columns.dummies:
+                hx = _skip(ctx, columns.dummies, t, row, hx)
             if ends:
                 hx = _end_episodes(ctx, ends, t, nxt, hx)
                 if ctx.sticky and t + 1 < ctx.n_steps:
@@ -262,6 +264,16 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
     return hx
 
 
+def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, hx: Any) -> Any:
+    """The step of these columns only began their episode: no action was taken at row t; h_{t+1} is reset."""
+    for j in dummies:
+        row.mask[j] = False
+        ctx.starts[j] = ctx.clock + t + 1
+        if ctx.resets:
+            hx = ctx.actor.reset(j, hx)
+    return hx
+
+
 def _episode_statistics(j: int, info: dict[str, Any], ret: float, length: int) -> tuple[float, int]:
     """Return and length of an episode: what ``info["episode"]`` says counts, because wrappers change rewards."""
     episode = info.get("episode")
@@ -298,7 +310,8 @@ def _freeze(ctx: Context, slot: Slot, row: int, ends: Sequence[End], live: list[
 
 def _finish(ctx: Context, slot: Slot, hx: Any) -> None:
     """What closes a fragment: thaw frozen columns, v(x_T), and row T and h_T kept for the next one."""
-    frozen = np.flatnonzero(~slot.np.mask[-1]).tolist()
+    frozen = np.flatnonzero(~slot.np.mask[-1]).tolist() if ctx.sticky else []
+    ctx.columns.finish(frozen, slot.rows[-1])
     if frozen:
         hidden = ~slot.np.mask
         for a in slot.arrays_of("actor"):

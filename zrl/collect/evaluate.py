@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from zrl.collect.actor import BaseActorModule
@@ -46,13 +45,15 @@ def evaluate(
         ``sum(...)`` are the undiscounted returns.
 
     Raises:
-        ConfigError: no environments, or `n_steps` below 1.
+        ConfigError: no environments, one of them twice, or `n_steps` is no integer of at least 1.
         EnvError, ActorError: as in a rollout.
     """
     if not isinstance(envs, (list, tuple)) or not envs:
         raise ConfigError(f"evaluate: expected a list of at least one environment, not {envs!r}")
-    if n_steps is not None and n_steps < 1:
-        raise ConfigError(f"evaluate: n_steps must be at least 1 or None, not {n_steps}")
+    if len({id(env) for env in envs}) != len(envs):
+        raise ConfigError("evaluate: the same environment was given twice; every column needs its own")
+    if n_steps is not None and (not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 1):
+        raise ConfigError(f"evaluate: n_steps must be an integer of at least 1 or None, not {n_steps!r}")
     module = unwrap(actor)
     if not isinstance(module, BaseActorModule):
         raise ActorError("not an actor", expected="a zrl.BaseActorModule", found=type(module).__name__)
@@ -75,7 +76,7 @@ def evaluate(
             actions, hx, info = module.step(*inputs, hx)
             write(actions, info, row)
             ends = columns.step_some(row, nxt, live)
-            rewards.append(nxt.rew.astype(np.float64))
+            rewards.append(columns.rewards.copy())
             check_rewards(nxt.rew[None], len(rewards))
             if render:
                 for j in live:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -14,6 +15,7 @@ from torch import Tensor
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.spaces import EnvLayout, describe
 from zrl.collect.streams import undrawn
+from zrl.collect.writers import nesting_of
 from zrl.data.fragment import Inputs, map_leaves
 from zrl.data.spec import ArraySpec, FragmentSpec, flatten, tree_paths
 from zrl.errors import ActorError, RecordError
@@ -29,43 +31,47 @@ class ActorLayout(NamedTuple):
 
 
 def first_actions(spaces: Any, act: Any) -> list[Any]:
-    """The a_{-1} of the first row, one value a leaf: zeros; ``start`` for a shifted Discrete."""
+    """The a_{-1} of the first row, one value a leaf: zeros; ``start`` for a shifted Discrete or MultiDiscrete."""
     leaves, specs = flatten(spaces)[0], flatten(act)[0]
-    starts = [s.start if isinstance(s, gym.spaces.Discrete) else 0 for s in leaves]
+    shifted = (gym.spaces.Discrete, gym.spaces.MultiDiscrete)
+    starts = [s.start if isinstance(s, shifted) else 0 for s in leaves]
     return [np.full(spec.shape, start, spec.dtype) for spec, start in zip(specs, starts, strict=True)]
 
 
 def probe_actor(actor: BaseActorModule, layout: EnvLayout, n_columns: int, device: torch.device) -> ActorLayout:
-    """Run the actor on one row and find what it returns, by leaf.
+    """Run the actor on two rows and find what it returns, by leaf.
 
     Its random streams are left as they were. The initial recurrent state is what ``forward`` returns for
     ``hx=None`` with every column reset.
 
     Raises:
         ActorError: not an actor, an exception in it, a missing or misshapen ``value``, actions that do not fit the
-            action
-            space, recurrent state without a column axis, or inputs that were written to.
+            action space, recurrent state without a column axis, a ``reset`` that does not bring the initial state back,
+            or inputs that were written to.
     """
     if not isinstance(actor, BaseActorModule):
         raise ActorError("not an actor", expected="a zrl.BaseActorModule", found=type(actor).__name__)
-    inputs = _example_inputs(layout, n_columns, device)
-    kept = map_leaves(torch.clone, inputs)
+    first, second = _example_inputs(layout, n_columns, device)
     with undrawn(device), torch.inference_mode():
-        actions, hx, info = _call(actor, inputs, None)
-        check_untouched(inputs, kept)
+        with untouched(first, None):
+            actions, hx, info = _step(actor, first, None)
         act = _action_specs(actions, layout.act, n_columns)
         infos = _info_specs(info, n_columns)
-        initial = _initial(actor, hx, n_columns)
-        kept_hx = map_leaves(torch.clone, initial)
-        _, again, _ = _call(actor, inputs, initial)
-        check_untouched((initial,), (kept_hx,), names=("hx",))
+        _check_state(hx, n_columns)
+        initial = own_state(_reset_all(actor, hx, n_columns, device))
+        with untouched(second, initial):
+            _, again, _ = _step(actor, second, initial)
         if _shapes(again) != _shapes(initial):
             raise ActorError(
                 "the recurrent state changes its shape", leaf="hx", expected=_shapes(initial), found=_shapes(again)
             )
-        value = actor.value(*inputs, initial)
+        with untouched(second, initial):
+            value = _ask("value()", actor.value, *second, initial)
         if not isinstance(value, Tensor) or tuple(value.shape) != (1, n_columns):
-            raise ActorError("value() is misshapen", expected=f"[1, {n_columns}]", found=_shape_text(value))
+            raise ActorError(
+                "value() is misshapen", leaf="value()", expected=f"[1, {n_columns}]", found=_shape_text(value)
+            )
+        _check_reset(initial, _reset_all(actor, again, n_columns, device))
     hx_specs = optree.tree_map(lambda h: _spec_of("hx", h, (h.shape[0], *h.shape[2:])), initial)
     return ActorLayout(act, infos, hx_specs, initial)
 
@@ -86,6 +92,24 @@ def fragment_spec(
     )
 
 
+@contextlib.contextmanager
+def untouched(inputs: Inputs, hx: Any) -> Iterator[None]:
+    """Whoever is called inside must leave what it is given alone: containers, tensors and their values.
+
+    Raises:
+        ActorError: it wrote into one of them, also if that changed no value (dividing zeros, say).
+    """
+    names, given = ("obs", "act", "rew", "fin", "hx"), (*inputs, hx)
+    leaves = [(x, _version(x)) for x in flatten(given)[0]]
+    kept = map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, given)
+    yield
+    check_untouched(given, kept, names)
+    paths = [path for name, tree in zip(names, given, strict=True) for path in tree_paths(flatten(tree)[1], name)]
+    for path, now, (before, version) in zip(paths, flatten(given)[0], leaves, strict=True):
+        if now is not before or _version(now) != version:
+            raise _touched(path, "the tensors it was given, untouched", "one that was written to")
+
+
 def check_untouched(inputs: Any, kept: Any, names: Sequence[str] = ("obs", "act", "rew", "fin")) -> None:
     """Compare what the actor was given with the copies made before.
 
@@ -94,42 +118,70 @@ def check_untouched(inputs: Any, kept: Any, names: Sequence[str] = ("obs", "act"
     """
     for name, now, before in zip(names, inputs, kept, strict=True):
         leaves, tree = flatten(now)
-        for path, x, y in zip(tree_paths(tree, name), leaves, flatten(before)[0], strict=True):
+        old, old_tree = flatten(before)
+        if tree != old_tree:
+            raise _touched(name, nesting_of(before), nesting_of(now))
+        for path, x, y in zip(tree_paths(tree, name), leaves, old, strict=True):
             if not _same(x, y):
-                raise ActorError(
-                    "the actor changed its inputs in place; it must allocate what it returns",
-                    leaf=path,
-                    expected="the values it was given",
-                    found="others",
-                )
+                raise _touched(path, "the values it was given", "others")
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
+def _touched(leaf: str, expected: str, found: str) -> ActorError:
+    what = "the actor changed its inputs in place; it must allocate what it returns"
+    return ActorError(what, leaf=leaf, expected=expected, found=found)
+
+
+def _version(x: Any) -> int:
+    """How often a tensor was written to, through any of its views; tensors of inference mode do not count."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
+
+
+def own_state(hx: Any) -> Any:
+    """A copy of recurrent state as tensors that count their writes, wherever `hx` was made."""
+    with torch.inference_mode(False), torch.no_grad():
+        return map_leaves(lambda h: h.clone() if isinstance(h, Tensor) else h, hx)
+
+
+def _same(x: Any, y: Any) -> bool:
     """Equal, with NaN equal to NaN."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return x is y
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
     return torch.equal(x, y) or bool(torch.isclose(x, y, rtol=0.0, atol=0.0, equal_nan=True).all())
 
 
-def _example_inputs(layout: EnvLayout, n: int, device: torch.device) -> Inputs:
+def _example_inputs(layout: EnvLayout, n: int, device: torch.device) -> tuple[Inputs, Inputs]:
+    """Two rows: the first of all, and one within an episode with the same observation."""
     specs, tree = flatten(layout.obs)
     leaves = tree.flatten_up_to(layout.example)
-    obs = [_columns_of(np.asarray(x, dtype=s.dtype), n, device) for x, s in zip(leaves, specs, strict=True)]
     spaces, act_tree = optree.tree_flatten(layout.act)
     # as an actor would sample them: torch's integers and floats, whatever width the space has
-    specs = [ArraySpec("float32" if np.dtype(s.dtype).kind == "f" else "int64", tuple(s.shape)) for s in spaces]
-    acts = [_columns_of(x, n, device) for x in first_actions(spaces, specs)]
-    rew = torch.zeros(1, n, device=device)
-    return tree.unflatten(obs), act_tree.unflatten(acts), rew, torch.ones(1, n, dtype=torch.bool, device=device)
+    act_specs = [ArraySpec("float32" if np.dtype(s.dtype).kind == "f" else "int64", tuple(s.shape)) for s in spaces]
+
+    def row(fin: bool) -> Inputs:
+        obs = [_columns_of(np.asarray(x, dtype=s.dtype), n, device) for x, s in zip(leaves, specs, strict=True)]
+        acts = [_columns_of(x, n, device) for x in first_actions(spaces, act_specs)]
+        rew = torch.zeros(1, n, device=device)
+        return tree.unflatten(obs), act_tree.unflatten(acts), rew, torch.full((1, n), fin, device=device)
+
+    with torch.inference_mode(False):  # tensors that count their writes
+        return row(True), row(False)
 
 
 def _columns_of(x: Any, n: int, device: torch.device) -> Tensor:
     return torch.from_numpy(np.stack([x] * n)[None]).to(device)
 
 
-def _call(actor: BaseActorModule, inputs: Inputs, hx: Any) -> tuple[Any, Any, Any]:
+def _ask(what: str, fn: Callable[..., Any], *args: Any) -> Any:
     try:
-        result = actor.step(*inputs, hx)
+        return fn(*args)
     except Exception as e:
-        raise ActorError(f"the actor raised {describe(e)} on the first observation") from e
+        raise ActorError(f"{what} of the actor raised {describe(e)} on the first observation") from e
+
+
+def _step(actor: BaseActorModule, inputs: Inputs, hx: Any) -> tuple[Any, Any, Any]:
+    result = _ask("step()", actor.step, *inputs, hx)
     if not isinstance(result, tuple) or len(result) != 3:
         raise ActorError(
             "step() and forward() must return three things", expected="(actions, hx, info)", found=type(result).__name__
@@ -144,7 +196,10 @@ def _action_specs(actions: Any, spaces: Any, n: int) -> Any:
         leaves = tree.flatten_up_to(actions)
     except (ValueError, TypeError) as e:
         raise ActorError(
-            "actions are not nested like the action space", leaf="state.act", expected=str(spaces), found=str(e)
+            "actions are not nested like the action space",
+            leaf="state.act",
+            expected=str(spaces),
+            found=nesting_of(actions),
         ) from e
     specs: list[ArraySpec] = []
     for path, x, space in zip(tree_paths(tree, "state.act"), leaves, space_leaves, strict=True):
@@ -178,20 +233,47 @@ def _info_specs(info: Any, n: int) -> Any:
     return tree.unflatten(specs)
 
 
-def _initial(actor: BaseActorModule, hx: Any, n: int) -> Any:
+def _check_state(hx: Any, n: int) -> None:
+    if hx is None:
+        raise ActorError(
+            "hx is None; return () if there is no recurrent state", leaf="hx", expected="tensors or ()", found="None"
+        )
     leaves, tree = flatten(hx)
     for path, h in zip(tree_paths(tree, "hx"), leaves, strict=True):
         if not isinstance(h, Tensor) or h.dim() < 2 or h.shape[1] != n:
             raise ActorError(
                 "recurrent state lacks its column axis", leaf=path, expected=f"[L, {n}, ...]", found=_shape_text(h)
             )
-    for j in range(n):
-        hx = actor.reset(j, hx)
-    if [tuple(h.shape) for h in flatten(hx)[0]] != [tuple(h.shape) for h in leaves]:
-        raise ActorError(
-            "reset() changed the shape of the recurrent state", leaf="hx", expected=_shapes(leaves), found=_shapes(hx)
-        )
+
+
+def _reset_all(actor: BaseActorModule, hx: Any, n: int, device: torch.device) -> Any:
+    """`hx` with all columns reset; what a random initial state draws is the same at each call."""
+    before = _shapes(hx)
+    with undrawn(device):
+        for j in range(n):
+            hx = _ask(f"reset({j}, hx)", actor.reset, j, hx)
+            if _shapes(hx) != before:
+                raise ActorError(
+                    "reset() must return the recurrent state, all columns of it, in the same structure",
+                    leaf="hx",
+                    expected=before,
+                    found=_shapes(hx),
+                )
     return hx
+
+
+def _check_reset(initial: Any, again: Any) -> None:
+    """All columns reset after the first step and after the second: the initial state both times."""
+    leaves, tree = flatten(initial)
+    for path, x, y in zip(tree_paths(tree, "hx"), leaves, flatten(again)[0], strict=True):
+        if not _same(x, y):
+            raise ActorError(
+                "reset() leaves something of an episode in the recurrent state; mind that hx[:, j] with a tensor j is "
+                "a copy",
+                leaf=path,
+                expected="the initial state",
+                found="another one after the second step than after the first",
+            )
 
 
 def _spec_of(path: str, x: Tensor, shape: tuple[int, ...]) -> ArraySpec:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +13,8 @@ import gymnasium as gym
 import numpy as np
 import optree
 
-from zrl.data.spec import ArraySpec
+from zrl.collect.writers import cast_problem, first_line, nesting_of
+from zrl.data.spec import ArraySpec, flatten, tree_paths
 from zrl.errors import ConfigError, EnvError, RecordError
 
 Factory = Callable[..., Any]
@@ -43,7 +46,7 @@ def make_env(factory: Factory, seed: int, env_index: int) -> Any:
     """Call a factory that takes no argument, or ``seed=``.
 
     Raises:
-        EnvError: the factory raised, needs other arguments, or returned something that has no ``step``.
+        EnvError: the factory raised, needs other arguments, or returned something that `check_env` refuses.
     """
     try:
         parameters = inspect.signature(factory).parameters
@@ -67,15 +70,38 @@ def make_env(factory: Factory, seed: int, env_index: int) -> Any:
         env = factory(**kwargs)
     except Exception as e:
         raise EnvError(f"the factory raised {describe(e)}", env_index=env_index, phase="factory") from e
-    if isinstance(env, type) or not callable(getattr(env, "step", None)) or not callable(getattr(env, "reset", None)):
+    try:
+        check_env(env, env_index)
+    except EnvError:
+        with contextlib.suppress(Exception):  # a vector environment may have processes of its own
+            env.close()
+        raise
+    return env
+
+
+def check_env(env: Any, env_index: int) -> None:
+    """Look whether something is a plain environment.
+
+    Raises:
+        EnvError: a vector environment, or something without ``reset``, ``step`` or ``close``.
+    """
+    if isinstance(env, gym.vector.VectorEnv):  # first: an EnvPool is an instance of both
+        raise EnvError(
+            "vector environments are not supported yet: pass a factory of single ones",
+            env_index=env_index,
+            phase="factory",
+            expected="a gymnasium.Env",
+            found=type(env).__name__,
+        )
+    missing = [name for name in ("reset", "step", "close") if not callable(getattr(env, name, None))]
+    if isinstance(env, type) or missing:
         raise EnvError(
             "the factory must return an environment",
             env_index=env_index,
             phase="factory",
-            expected="an object with reset and step",
-            found=type(env).__name__,
+            expected="an object with reset, step and close",
+            found=f"the class {env.__name__}" if isinstance(env, type) else type(env).__name__,
         )
-    return env
 
 
 def describe(e: BaseException) -> str:
@@ -117,9 +143,11 @@ def probe_env(
         may_step: False if `env` is not a scratch instance; then `info_keys` must state dtypes.
 
     Raises:
-        EnvError: a space without a fixed shape, an observation that is not in its space, a dtype without a place.
+        EnvError: no plain environment, a space without a fixed shape, an observation that is not in its space, a dtype
+            without a place.
         ConfigError: an info key that was not found or has no dtype.
     """
+    check_env(env, -1)
     action_space = getattr(env, "action_space", None)
     if not isinstance(action_space, gym.Space):
         raise _space_error("action_space", "a gymnasium.Space", type(action_space).__name__)
@@ -182,25 +210,41 @@ def observation_specs(space: Any, obs: Any, path: str) -> Any:
         RecordError: a dtype outside the table.
     """
     if space is None:
-        return optree.tree_map(ArraySpec.of, obs, none_is_leaf=True)
+        leaves, tree = flatten(obs)
+        return tree.unflatten([_leaf_spec(x, p) for x, p in zip(leaves, tree_paths(tree, path), strict=True)])
     if isinstance(space, gym.spaces.Dict):
-        if not isinstance(obs, dict) or set(obs) != set(space.spaces):
-            found = f"keys {sorted(map(str, obs))}" if isinstance(obs, dict) else type(obs).__name__
-            raise _mismatch(path, f"a dict with keys {sorted(map(str, space.spaces))}", found)
+        # no subclasses but the ordered one: they are leaves to a flattener, or need arguments to be made anew
+        if type(obs) not in (dict, collections.OrderedDict) or set(obs) != set(space.spaces):
+            found = f"keys {sorted(map(str, obs))}" if type(obs) is dict else type(obs).__name__
+            raise _mismatch(path, f"a plain dict with keys {sorted(map(str, space.spaces))}", found)
         parts = {k: observation_specs(space[k], obs[k], f"{path}[{k!r}]") for k in obs}
         return type(obs)(parts)
     if isinstance(space, gym.spaces.Tuple):
-        if not isinstance(obs, (tuple, list)) or len(obs) != len(space):
+        named = optree.is_namedtuple_instance(obs)
+        if not (named or type(obs) in (tuple, list)) or len(obs) != len(space):
             found = f"{type(obs).__name__} of {len(obs)}" if isinstance(obs, (tuple, list)) else type(obs).__name__
-            raise _mismatch(path, f"a tuple or list of {len(space)}", found)
+            raise _mismatch(path, f"a tuple, namedtuple or list of {len(space)}", found)
         parts_ = [observation_specs(s, x, f"{path}[{i}]") for i, (s, x) in enumerate(zip(space, obs, strict=True))]
-        return type(obs)(*parts_) if hasattr(obs, "_fields") else type(obs)(parts_)
+        return type(obs)(*parts_) if named else type(obs)(parts_)
     space_leaves(space, path)  # refuses what has no fixed shape
     spec = ArraySpec(np.dtype(space.dtype).name, tuple(space.shape))
-    shape = np.shape(obs)
-    if shape != spec.shape:
-        raise _mismatch(path, str(spec), f"shape {list(shape)}")
+    a = _as_array(obs, path, str(spec))
+    if a.shape != spec.shape:
+        raise _mismatch(path, str(spec), f"{nesting_of(obs)} of shape {list(a.shape)}")
+    if problem := cast_problem(obs, a, np.dtype(spec.dtype)):
+        raise _mismatch(path, str(spec), problem)
     return spec
+
+
+def _leaf_spec(x: Any, path: str) -> ArraySpec:
+    return ArraySpec.of(_as_array(x, path, "an array"))
+
+
+def _as_array(x: Any, path: str, expected: str) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(x)
+    except Exception as e:
+        raise _mismatch(path, expected, f"something that is no array ({first_line(e)})") from e
 
 
 def _mismatch(leaf: str, expected: str, found: str) -> EnvError:
@@ -210,14 +254,19 @@ def _mismatch(leaf: str, expected: str, found: str) -> EnvError:
 
 def _info_specs(env: Any, info_keys: Mapping[str, Any] | Iterable[str], may_step: bool) -> dict[str, ArraySpec]:
     """`ArraySpec` by declared key, each with a ``_key`` mask beside it."""
-    if isinstance(info_keys, str):
-        raise ConfigError(f"info_keys must be a list of keys or a mapping, not the string {info_keys!r}")
+    if isinstance(info_keys, str) or not isinstance(info_keys, Iterable):
+        raise ConfigError(f"info_keys must be a list of keys or a mapping, not {info_keys!r}")
+    keys = list(info_keys)
+    if wrong := [key for key in keys if not isinstance(key, str)]:
+        raise ConfigError(f"info_keys: every key must be a string, not {wrong[0]!r}")
+    if reserved := [key for key in keys if key.startswith("_")]:
+        raise ConfigError(f"info_keys {reserved}: names with a leading underscore are those of the masks")
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"info_keys {twice}: given twice")
     if isinstance(info_keys, Mapping):
         found = {key: _declared(key, value) for key, value in info_keys.items()}
     else:
-        found = _found_by_stepping(env, list(info_keys), may_step)
-    if reserved := [key for key in found if key.startswith("_")]:
-        raise ConfigError(f"info_keys {reserved}: names with a leading underscore are those of the masks")
+        found = _found_by_stepping(env, keys, may_step)
     return {name: spec for key, s in found.items() for name, spec in ((key, s), (f"_{key}", ArraySpec("bool")))}
 
 
@@ -226,12 +275,15 @@ def _declared(key: str, value: Any) -> ArraySpec:
         if isinstance(value, ArraySpec):
             return value
         if isinstance(value, gym.Space):
+            if not isinstance(value, LEAF_SPACES):
+                raise TypeError
             return ArraySpec(np.dtype(value.dtype).name, tuple(value.shape or ()))
         if isinstance(value, (type, str, np.dtype)):
             return ArraySpec(np.dtype(value).name)
         return ArraySpec.of(value)
-    except (TypeError, RecordError) as e:
-        raise ConfigError(f"info_keys[{key!r}]: expected a dtype, a space or an example array, not {value!r}") from e
+    except Exception as e:  # whatever NumPy raises over things that are none of these
+        expected = "a dtype, a space of one array (Box, Discrete, MultiDiscrete, MultiBinary) or an example array"
+        raise ConfigError(f"info_keys[{key!r}]: expected {expected}, not {value!r}") from e
 
 
 def _found_by_stepping(env: Any, keys: list[str], may_step: bool) -> dict[str, ArraySpec]:
@@ -240,16 +292,50 @@ def _found_by_stepping(env: Any, keys: list[str], may_step: bool) -> dict[str, A
         raise ConfigError(f"info_keys {keys}: there is no scratch environment to find them with; {advice}")
     found: dict[str, ArraySpec] = {}
     for _ in range(PROBE_STEPS):
-        try:
-            _, _, terminated, truncated, info = env.step(env.action_space.sample())
-        except Exception as e:
-            raise EnvError(f"step raised {describe(e)}", env_index=-1, phase="step") from e
+        info, ended = _random_step(env)
         for key in keys:
             if key not in found and key in info:
-                found[key] = _declared(key, np.asarray(info[key]))
+                found[key] = _declared(key, _as_info(key, info[key]))
         if len(found) == len(keys):
             return found
-        if terminated or truncated:
+        if ended:
             reset_env(env, -1)
     missing = [key for key in keys if key not in found]
     raise ConfigError(f"info_keys {missing} did not turn up in {PROBE_STEPS} random steps; {advice}")
+
+
+def _random_step(env: Any) -> tuple[dict[str, Any], bool]:
+    """The info of one step of the scratch environment with a random action, and whether it ended the episode."""
+    try:
+        result = env.step(env.action_space.sample())
+    except Exception as e:
+        raise EnvError(f"step raised {describe(e)}", env_index=-1, phase="step") from e
+    try:
+        _, _, terminated, truncated, info = result
+        ended = bool(terminated or truncated)
+        if not isinstance(info, dict):
+            raise TypeError(f"info is no dict but {type(info).__name__}")
+    except Exception as e:
+        raise EnvError(
+            "step broke the Gymnasium contract",
+            env_index=-1,
+            phase="step",
+            expected="(obs, reward, terminated, truncated, info dict) with scalar flags",
+            found=describe(e),
+        ) from e
+    return info, ended
+
+
+def _as_info(key: str, value: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(value)
+    except Exception as e:
+        found = f"something that is no array ({first_line(e)})"
+        raise EnvError(
+            "an info value cannot be recorded",
+            env_index=-1,
+            phase="step",
+            leaf=f"env[{key!r}]",
+            expected="an array",
+            found=found,
+        ) from e
