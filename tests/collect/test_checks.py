@@ -136,7 +136,8 @@ def test_an_environment_that_lacks_a_method(name: str) -> None:
     with pytest.raises(EnvError) as e:
         make_env(Lacks, 0, 3)
     assert (e.value.env_index, e.value.phase) == (3, "factory")
-    assert "close" in e.value.expected
+    assert name in e.value.expected
+    assert e.value.found == f"Lacks: no {name}"
 
 
 class Unreadable:

@@ -100,7 +100,7 @@ def check_env(env: Any, env_index: int) -> None:
             env_index=env_index,
             phase="factory",
             expected="an object with reset, step and close",
-            found=f"the class {env.__name__}" if isinstance(env, type) else type(env).__name__,
+            found=f"the class {env.__name__}" if isinstance(env, type) else f"{type(env).__name__}: no {missing[0]}",
         )
 
 
@@ -214,8 +214,9 @@ def observation_specs(space: Any, obs: Any, path: str) -> Any:
         return tree.unflatten([_leaf_spec(x, p) for x, p in zip(leaves, tree_paths(tree, path), strict=True)])
     if isinstance(space, gym.spaces.Dict):
         # no subclasses but the ordered one: they are leaves to a flattener, or need arguments to be made anew
-        if type(obs) not in (dict, collections.OrderedDict) or set(obs) != set(space.spaces):
-            found = f"keys {sorted(map(str, obs))}" if type(obs) is dict else type(obs).__name__
+        plain = type(obs) in (dict, collections.OrderedDict)
+        if not plain or set(obs) != set(space.spaces):
+            found = f"keys {sorted(map(str, obs))}" if plain else type(obs).__name__
             raise _mismatch(path, f"a plain dict with keys {sorted(map(str, space.spaces))}", found)
         parts = {k: observation_specs(space[k], obs[k], f"{path}[{k!r}]") for k in obs}
         return type(obs)(parts)
