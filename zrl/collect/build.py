@@ -90,7 +90,8 @@ def build(factory: Factory | Sequence[Any], actor: BaseActorModule, options: Col
         )
         made.pop_all()
     if o.debug:
-        ctx.step = CheckedStep(actor)
+        checked = CheckedStep(actor)
+        ctx.step, ctx.value = checked, checked.value
     return ctx
 
 

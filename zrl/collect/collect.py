@@ -103,7 +103,7 @@ class Context:
         returns: float64 ``[B]``, reward so far of the running episodes.
         starts: ``[B]``, number of the step with which they began.
         clock: steps taken by a column since the start.
-        step: ``actor.step``, or the same with checks around it.
+        step, value: ``actor.step`` and ``actor.value``, or the same with checks around them.
         read: the actor's inputs from a row, on the actor's device.
         write: the actor's outputs into the record.
     """
@@ -118,6 +118,7 @@ class Context:
     device: torch.device
     sticky: bool
     step: Callable[..., tuple[Any, Any, Any]] = dataclasses.field(init=False)
+    value: Callable[..., Tensor] = dataclasses.field(init=False)
     read: Callable[[Row], Inputs] = dataclasses.field(init=False)
     write: OutputWriter = dataclasses.field(init=False)
     carry: Row = dataclasses.field(init=False)
@@ -130,7 +131,7 @@ class Context:
 
     def __post_init__(self) -> None:
         self.n_steps = self.spec.n_steps
-        self.step = self.actor.step
+        self.step, self.value = self.actor.step, self.actor.value
         self.read = _on_host if self.device.type == "cpu" else _onto(self.device)
         self.write = OutputWriter(self.spec)
         self.carry = Slot(self.spec.with_steps(1)).rows[0]
@@ -175,8 +176,8 @@ class OutputWriter:
 
     def __call__(self, actions: Any, info: Any, row: Row) -> None:
         try:
-            values: list[Any] = self._info.flatten_up_to(info)
-            values[:0] = (actions,) if self._one_action else self._act.flatten_up_to(actions)
+            acts = (actions,) if self._one_action else self._act.flatten_up_to(actions)
+            values = (*acts, *self._info.flatten_up_to(info))
         except (ValueError, TypeError) as e:
             raise ActorError(f"the actor returned another structure than at the start: {e}") from e
         try:
@@ -187,7 +188,7 @@ class OutputWriter:
         except (AttributeError, TypeError, RuntimeError) as e:  # no tensor, or one of another shape
             raise self._misshapen(values, row) from e
 
-    def _misshapen(self, values: list[Any], row: Row) -> ActorError:
+    def _misshapen(self, values: Sequence[Any], row: Row) -> ActorError:
         paths = tree_paths(self._act, "state.act") + tree_paths(self._info, "info")
         triples = list(zip(paths, values, row.outputs, strict=True))
         wrong = [t for t in triples if not isinstance(t[1], Tensor) or t[1].shape != t[2].shape]
@@ -227,7 +228,7 @@ def _value(ctx: Context, row: Row, hx: Any) -> Tensor:
     """v at `row`, ``[B]`` on the host, with the actor's random stream left as it was."""
     started = perf_counter()
     with undrawn(ctx.device):
-        value = ctx.actor.value(*ctx.read(row), hx)
+        value = ctx.value(*ctx.read(row), hx)
     if tuple(value.shape) != (1, ctx.spec.n_columns):
         raise ActorError(
             "value() is misshapen", leaf="value()", expected=f"[1, {ctx.spec.n_columns}]", found=str(list(value.shape))
@@ -244,18 +245,21 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
         # row t+1 holds the true final observations until `begin` replaces them, and fin is still False
         nxt.final_value[truncated] = _value(ctx, nxt, hx).numpy()[truncated]
     started = perf_counter()
-    ended = [j for j, _, _ in ends]
-    if nxt.final_obs:
-        for obs, kept in zip(nxt.obs, nxt.final_obs, strict=True):
-            kept[ended] = obs[ended]
     after = ctx.clock + t + 1
+    ended = []
     for j, terminated, info in ends:
+        ended.append(j)
         nxt.fin[j] = True
         nxt.term[j] = terminated
-        ret, length = _episode_statistics(j, info, ctx.returns[j], after - ctx.starts[j])
+        ret, length = ctx.returns[j], after - ctx.starts[j]
+        if "episode" in info:
+            ret, length = _episode_statistics(j, info["episode"], ret, length)
         nxt.ep_return[j], nxt.ep_length[j] = ret, length
         ctx.returns[j] = 0.0
         ctx.starts[j] = after
+    if nxt.final_obs:
+        for obs, kept in zip(nxt.obs, nxt.final_obs, strict=True):
+            kept[ended] = obs[ended]
     ctx.columns.begin(ends, nxt)
     if ctx.resets:
         for j in ended:
@@ -274,22 +278,21 @@ def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, hx: Any) -> An
     return hx
 
 
-def _episode_statistics(j: int, info: dict[str, Any], ret: float, length: int) -> tuple[float, int]:
+def _episode_statistics(j: int, episode: Any, ret: float, length: int) -> tuple[float, int]:
     """Return and length of an episode: what ``info["episode"]`` says counts, because wrappers change rewards."""
-    episode = info.get("episode")
-    if isinstance(episode, dict) and "r" in episode and "l" in episode:
-        try:
-            return float(np.asarray(episode["r"]).item()), int(np.asarray(episode["l"]).item())
-        except (TypeError, ValueError) as e:
-            raise EnvError(
-                "the statistics of an episode are not one number each",
-                env_index=j,
-                phase="step",
-                leaf="info['episode']",
-                expected="'r' and 'l' as scalars",
-                found=repr(episode),
-            ) from e
-    return ret, length
+    if not isinstance(episode, dict) or "r" not in episode or "l" not in episode:
+        return ret, length
+    try:
+        return float(np.asarray(episode["r"]).item()), int(np.asarray(episode["l"]).item())
+    except (TypeError, ValueError) as e:
+        raise EnvError(
+            "the statistics of an episode are not one number each",
+            env_index=j,
+            phase="step",
+            leaf="info['episode']",
+            expected="'r' and 'l' as scalars",
+            found=repr(episode),
+        ) from e
 
 
 def _freeze(ctx: Context, slot: Slot, row: int, ends: Sequence[End], live: list[int] | None) -> list[int]:

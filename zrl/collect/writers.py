@@ -89,7 +89,7 @@ class LeafWriter:
             raise self._refusal(j, phase, f"something that is no array ({first_line(e)})") from e
         if a.shape != self.shape:
             raise self._refusal(j, phase, f"{a.dtype}{list(a.shape)}")
-        if a.dtype != self.dtype:
+        if a.dtype is not self.dtype and a.dtype != self.dtype:
             self._check_cast(j, x, a, phase)
         if self._strict and a.dtype.kind in "fc" and not np.isfinite(a).all():
             raise self._refusal(j, phase, "NaN or inf", "an observation is not finite", "finite numbers")
@@ -168,6 +168,9 @@ class ObsWriter:
 
     def write_one(self, j: int, obs: Any, arrays: Sequence[Array], phase: str = "step") -> None:
         """Column `j` of one array ``[B, ...]`` per leaf."""
+        if self._flat:
+            self.leaves[0].write_one(j, obs, arrays[0], phase)
+            return
         for leaf, x, a in zip(self.leaves, self.split(j, obs, phase), arrays, strict=True):
             leaf.write_one(j, x, a, phase)
 
