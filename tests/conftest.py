@@ -22,6 +22,7 @@ os.environ["MPLBACKEND"] = "Agg"  # before anything imports matplotlib
 import hypothesis
 import pytest
 import torch
+import uvloop
 
 LINUX = sys.platform == "linux"
 GRACE = 1.0  # seconds for what is about to end: a thread past its last line, a child that was told to go
@@ -36,6 +37,7 @@ hypothesis.settings.load_profile("zrl")
 
 def pytest_sessionstart() -> None:
     torch.set_num_threads(1)
+    uvloop.new_event_loop().close()  # libuv opens a pipe at first use and keeps it: nobody's leak
     if LINUX:
         resource_tracker.ensure_running()  # multiprocessing starts it at first use and keeps it: nobody's leak
 

@@ -8,6 +8,10 @@
     ├── SharedMemoryError    a mapping could not be made, attached or trusted
     ├── WeightsError         weights that do not fit the module they are meant for
     ├── CheckpointError      no valid checkpoint where one was asked for
+    ├── ProtocolError        bytes from a peer, or a value for one, that are no message
+    ├── WorkerError          a worker process failed, and is not replaced
+    ├── StarvationError      too few slots are alive to form a batch, for too long
+    ├── ProcessError         the process that starts workers cannot be started, or has ended
     └── ClosedError          the collector was closed before this call
 
 A message names the field, what was expected and what came, and the next step where there is one.
@@ -81,6 +85,36 @@ class WeightsError(ZrlError):
 
 class CheckpointError(ZrlError):
     """No valid checkpoint where one was asked for, or a checkpoint that cannot be read or written."""
+
+
+class ProtocolError(ZrlError):
+    """Bytes from a peer, or a value for one, that are no message of the protocol."""
+
+
+class WorkerError(ZrlError):
+    """A worker process failed before its first fragment, or more often than its budget of restarts allows.
+
+    Attributes:
+        worker: index of the worker.
+        env_index: column of the environment that is to blame; -1 where none is.
+        remote_traceback: of the exception in the worker, as text; empty where there was none.
+    """
+
+    def __init__(self, what: str, *, worker: int, env_index: int = -1, remote_traceback: str = "") -> None:
+        where = f"worker {worker}" + (f", environment {env_index}" if env_index >= 0 else "")
+        trace = f"\n\nin the worker:\n{remote_traceback.rstrip()}" if remote_traceback else ""
+        super().__init__(f"{where}: {what}{trace}")
+        self.worker = worker
+        self.env_index = env_index
+        self.remote_traceback = remote_traceback
+
+
+class StarvationError(ZrlError):
+    """Too few slots are alive to form a batch, or none at all, for longer than ``starve_timeout``."""
+
+
+class ProcessError(ZrlError):
+    """The process that starts workers cannot be started, or has ended."""
 
 
 class ClosedError(ZrlError):

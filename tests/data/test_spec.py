@@ -161,10 +161,10 @@ def test_equal_specifications_have_equal_digests() -> None:
 
 def test_plain() -> None:
     spec = build()
-    n_steps, n_columns, nbytes, leaves, trees = spec.to_plain()
-    assert (n_steps, n_columns, nbytes) == (4, 3, spec.nbytes)
-    assert [leaf[0] for leaf in leaves] == [leaf.path for leaf in spec.leaves]
-    assert len(trees) == len(spec.fields)
+    n_steps, n_columns, fields = spec.to_plain()
+    assert (n_steps, n_columns) == (4, 3)
+    assert [name for name, _, _ in fields] == list(spec.fields)
+    assert sum(len(leaves) for _, _, leaves in fields) == len(list(spec.leaves))
 
 
 # -- leaves ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ KEYS = {
     ),
     "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
 }
+TOOLS = {"make_states.py"}  # tests/docs/test_states.py
 EXAMPLE = "example_seed_a2c.py"
 
 
@@ -44,7 +45,7 @@ def run(name: str, words: list[str]) -> str:
 
 
 def test_all_scripts_are_known() -> None:
-    assert {p.name for p in SCRIPTS.glob("*.py")} == {*KEYS, EXAMPLE}
+    assert {p.name for p in SCRIPTS.glob("*.py")} == {*KEYS, *TOOLS, EXAMPLE}
 
 
 @pytest.mark.parametrize("name", KEYS)

@@ -38,8 +38,14 @@ from typing import Any
 import numpy as np
 import optree
 
+from zrl.data.structure import from_text, to_text
 from zrl.errors import RecordError
 
+#: The fields that every fragment has, in the order in which they lie in a slot.
+ALWAYS = [
+    *("state.obs", "state.act", "state.rew", "state.fin", "state.term", "actor", "hx"),
+    *("bootstrap", "final_value", "mask", "ep_return", "ep_length"),
+]
 ALIGNMENT = 64  # bytes: a cache line, and what vectorised loads like best
 
 #: The closed table of dtypes that a leaf may have. NumPy and torch both hold them.
@@ -226,8 +232,68 @@ class FragmentSpec:
 
     def to_plain(self) -> list[Any]:
         """Plain lists, numbers and strings that say the same: what is hashed, compared and shown."""
-        leaves = [[leaf.path, leaf.dtype, leaf.rows, list(leaf.shape), leaf.offset] for leaf in self.leaves]
-        return [self.n_steps, self.n_columns, self.nbytes, leaves, [str(f.tree) for f in self.fields.values()]]
+        fields = [
+            [
+                f.name,
+                to_text(f.tree),
+                [[x.dtype, [x.rows, *x.shape] if f.name == "hx" else list(x.shape)] for x in f.leaves],
+            ]
+            for f in self.fields.values()
+        ]
+        return [self.n_steps, self.n_columns, fields]
+
+    @classmethod
+    def from_plain(cls, plain: Any, *, most_nbytes: int = 1 << 40) -> FragmentSpec:
+        """What `to_plain` gave; `plain` may come from a stranger, so everything is checked, and laid out anew.
+
+        Args:
+            most_nbytes: greatest size of a slot.
+
+        Raises:
+            RecordError: it is no specification, or too large.
+        """
+        try:
+            n_steps, n_columns, fields = plain
+            names = [name for name, _, _ in fields]
+            wanted = [
+                (name, [ArraySpec(dtype, tuple(shape)) for dtype, shape in leaves], from_text(tree))
+                for name, tree, leaves in fields
+            ]
+            numbers = [n_steps, n_columns, *(n for _, specs, _ in wanted for s in specs for n in s.shape)]
+            if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers):
+                raise ValueError("a size out of range")
+            if names[: len(ALWAYS)] != ALWAYS or names[len(ALWAYS) :] not in (
+                [],
+                ["final_obs"],
+                ["env"],
+                ["final_obs", "env"],
+            ):
+                raise ValueError("not the fields of a fragment")
+            if any(tree.num_leaves != len(specs) for _, specs, tree in wanted) or not all(
+                s.shape for name, specs, _ in wanted if name == "hx" for s in specs
+            ):
+                raise ValueError("leaves do not fit the structure")
+            if n_steps < 1 or n_columns < 1:
+                raise ValueError("no steps or columns")
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise RecordError("a specification that cannot be read", expected="that of a fragment", found=str(e)) from e
+        spec = cls._lay_out(n_steps, n_columns, wanted)
+        if spec.nbytes > most_nbytes:
+            raise RecordError(
+                "a fragment is too large", expected=f"at most {most_nbytes} bytes", found=str(spec.nbytes)
+            )
+        return spec
+
+    def differences(self, other: FragmentSpec) -> list[str]:
+        """Where `other` is not like this one, a line a leaf."""
+        mine, theirs = ({x.path: (x.dtype, x.rows, x.shape) for x in s.leaves} for s in (self, other))
+        lines = []
+        for path in [*mine, *(p for p in theirs if p not in mine)]:
+            if mine.get(path) != theirs.get(path):
+                lines.append(
+                    f"{path}: expected {mine.get(path, 'no such leaf')}, found {theirs.get(path, 'no such leaf')}"
+                )
+        return lines or (["nesting differs"] if self.digest != other.digest else [])
 
     @property
     def digest(self) -> bytes:

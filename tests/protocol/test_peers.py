@@ -1,0 +1,218 @@
+"""Who is welcome, alive, stale: every case is a few messages and the commands that come of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from zrl.protocol import messages as m
+from zrl.protocol.peer_states import State
+from zrl.protocol.peers import OWN, Deliver, HostLost, Inspect, Lost, Peers, Send, SendWeights
+
+RUN = b"R" * 16
+HOST, WORKER, OTHER = b"H" * 16, b"W" * 16, b"O" * 16
+WELCOME = m.Welcome(
+    RUN, m.NO_ID, 64, 16, 2, False, False, ("lives",), "train", bytes(16), 0, "CartPole-v1", "mlp", 1, "ipc:///pub"
+)
+HELLO_HOST = m.Hello(m.NO_ID, HOST, m.PROTOCOL_VERSION, "host", "left", (), 10, "boot", m.NO_ID, 0, 0, 4)
+HELLO_WORKER = m.Hello(m.NO_ID, WORKER, m.PROTOCOL_VERSION, "worker", "left", (), 11, "boot", HOST, 1, 0, 0)
+ATTACH = m.Attach(RUN, WORKER, [], bytes(16), 2, 64, 11, 3, 8192, "boot", "")
+READY = m.Ready(RUN, WORKER, 0, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1)
+
+
+def make(attached: bool = False, **settings: float) -> Peers:
+    """A learner with a host and a worker, at time 0."""
+    peers = Peers(WELCOME, boot_id="boot", **settings)  # type: ignore[arg-type]
+    assert peers.receive(b"h", HELLO_HOST, 0.0) == [Send(b"h", dataclasses.replace(WELCOME, incarnation=HOST))]
+    assert peers.receive(b"w", HELLO_WORKER, 0.0) == [Send(b"w", dataclasses.replace(WELCOME, incarnation=WORKER))]
+    if attached:
+        assert peers.receive(b"w", ATTACH, 0.0) == [Inspect(ATTACH)]
+        assert peers.accepted(WORKER, local=True) == [Send(b"w", m.Attached(RUN, WORKER, True))]
+    return peers
+
+
+def hello(base: m.Hello, **changes: object) -> m.Hello:
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def rejection(commands: list[object]) -> tuple[str, bool]:
+    (send,) = commands
+    assert isinstance(send, Send)
+    assert isinstance(send.message, m.Reject)
+    return send.message.code, send.message.retry
+
+
+def test_a_worker_goes_from_hello_to_its_first_ready() -> None:
+    peers = make(attached=True)
+    assert peers.workers[WORKER].state is State.ATTACHED
+    assert peers.receive(b"w", READY, 1.0) == [Deliver(READY)]
+    assert not peers.counters
+
+
+def test_a_repeated_hello_is_welcomed_again() -> None:
+    peers = make()
+    assert peers.receive(b"w", HELLO_WORKER, 1.0) == [Send(b"w", dataclasses.replace(WELCOME, incarnation=WORKER))]
+    assert len(peers.workers) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "retry"),
+    [
+        (m.OtherVersion(m.NO_ID, OTHER, m.PROTOCOL_VERSION + 1), "version", False),
+        (hello(HELLO_HOST, incarnation=OTHER, pid=99), "name_taken", True),
+        (hello(HELLO_WORKER, incarnation=OTHER), "name_taken", True),
+        (hello(HELLO_WORKER, incarnation=OTHER, host=OTHER), "unknown_host", True),
+        (hello(HELLO_HOST, incarnation=OTHER, name="second", count=4096), "full", False),
+    ],
+)
+def test_who_is_not_welcome_is_told_why(said: m.Message, code: str, retry: bool) -> None:
+    peers = make(most_hosts=1)
+    assert rejection(list(peers.receive(b"x", said, 1.0))) == (code, retry)
+    assert peers.counters[f"rejected: {code}"] == 1
+    assert (len(peers.hosts), len(peers.workers)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("peer", "said", "reason"),
+    [
+        (b"w", dataclasses.replace(READY, run_id=OTHER), "stale"),
+        (b"w", dataclasses.replace(READY, incarnation=OTHER), "stale"),
+        (b"h", READY, "stale"),
+        (b"w", READY, "unexpected"),  # before Attach
+        (b"w", m.Welcome(*(getattr(WELCOME, k) for k in m.kinds_of(m.Welcome))), "stale"),
+        (b"w", m.Release(RUN, WORKER, 0, 1), "unexpected"),
+        (b"w", m.Fetch(RUN, WORKER), "unexpected"),
+        (b"h", dataclasses.replace(ATTACH, incarnation=HOST), "unexpected"),
+        (b"w", hello(HELLO_WORKER, incarnation=OTHER, index=2), "stale"),
+        (b"x", hello(HELLO_WORKER, incarnation=OTHER, index=9), "unexpected"),
+        (b"x", HELLO_WORKER, "unexpected"),  # somebody else's incarnation
+        (b"x", hello(HELLO_WORKER, incarnation=m.NO_ID), "unexpected"),
+    ],
+)
+def test_what_is_out_of_place_is_counted_and_has_no_effect(peer: bytes, said: m.Message, reason: str) -> None:
+    peers = make()
+    assert peers.receive(peer, said, 1.0) == []
+    assert peers.counters == {reason: 1}
+    assert peers.workers[WORKER].state is State.WELCOMED
+
+
+@pytest.mark.parametrize("said", [READY, m.Beat(RUN, HOST, ()), m.Bye(RUN, HOST), hello(HELLO_HOST, run_id=OTHER)])
+def test_who_is_unknown_is_to_say_hello_again(said: m.Message) -> None:
+    peers = Peers(WELCOME, boot_id="boot")
+    assert peers.receive(b"x", said, 0.0) == [Send(b"x", m.HelloAgain(RUN, said.incarnation))]
+
+
+@pytest.mark.parametrize(("boot_id", "silence"), [("boot", 5.0), ("elsewhere", 15.0), ("", 15.0)])
+def test_a_silent_host_is_lost_with_all_its_workers(boot_id: str, silence: float) -> None:
+    peers = Peers(WELCOME, boot_id="boot")
+    peers.receive(b"h", hello(HELLO_HOST, boot_id=boot_id), 0.0)
+    peers.receive(b"w", HELLO_WORKER, 0.0)
+    for now in range(11):
+        assert peers.tick(float(now)) == []
+        peers.receive(b"h", m.Beat(RUN, HOST, ()), float(now))
+    last = 10.0
+    for second in range(int(silence)):
+        assert peers.tick(last + second) == []
+    lost = [Lost(WORKER, 1, "host silent"), HostLost(HOST, "left", "silent")]
+    assert peers.tick(last + silence) == lost
+    assert peers.receive(b"h", m.Beat(RUN, HOST, ()), 99.0) == [Send(b"h", m.HelloAgain(RUN, HOST))]
+
+
+def test_the_learners_own_stall_extends_every_deadline() -> None:
+    peers = make()
+    peers.tick(0.0)
+    assert peers.tick(60.0) == []  # 59 s late
+    assert peers.tick(61.0) == []
+    peers.receive(b"h", m.Beat(RUN, HOST, ()), 61.5)
+    for second in range(62, 67):
+        assert peers.tick(float(second)) == []
+
+
+def test_the_own_host_cannot_fall_silent_and_cannot_be_replaced() -> None:
+    peers = Peers(WELCOME, boot_id="boot")
+    peers.receive(OWN, HELLO_HOST, 0.0)
+    for second in range(30):
+        assert peers.tick(float(second)) == []
+    assert rejection(list(peers.receive(b"x", hello(HELLO_HOST, incarnation=OTHER), 30.0))) == ("name_taken", True)
+
+
+def test_a_host_that_starts_over_replaces_itself_and_keeps_its_indices() -> None:
+    peers = make()
+    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 0.0)
+    again = hello(HELLO_HOST, incarnation=b"N" * 16)
+    assert peers.receive(b"h2", again, 1.0) == [
+        Lost(WORKER, 1, "host started over"),
+        HostLost(HOST, "left", "started over"),
+        Send(b"h2", dataclasses.replace(WELCOME, incarnation=b"N" * 16)),
+    ]
+    assert {host.name: host.base for host in peers.hosts.values()} == {"left": 0, "right": 4}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_host_reports_goes_on_with_its_traceback(known: bool) -> None:
+    peers = make()
+    worker = WORKER if known else OTHER
+    gone = m.Gone(RUN, HOST, worker, 1, "error", 1, 3, "ValueError: x", "Traceback …")
+    assert peers.receive(b"h", gone, 1.0) == [Lost(worker, 1, "error", clean=not known, report=gone)]
+    assert (WORKER in peers.workers) == (not known)
+
+
+def test_a_host_cannot_report_the_worker_of_another() -> None:
+    peers = make()
+    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 0.0)
+    assert peers.receive(b"o", m.Gone(RUN, OTHER, WORKER, 1, "exit", 0, -1, "", ""), 1.0) == []
+    assert WORKER in peers.workers
+
+
+def test_a_child_that_disagrees_for_long_is_revoked() -> None:
+    peers = make(attached=True)
+    ours = (3, 5)
+
+    def beat(now: float, sent: int, received: int) -> list[object]:
+        child = m.ChildBeat(WORKER, 0, 1, sent, received)
+        return list(peers.receive(b"h", m.Beat(RUN, HOST, (child,)), now, lambda _: ours))
+
+    assert beat(0.0, 3, 4) == []
+    assert beat(4.0, 3, 5) == []  # they agree again
+    assert beat(5.0, 4, 5) == []
+    assert beat(9.0, 5, 5) == []  # something moves
+    assert beat(13.9, 5, 5) == []
+    assert beat(14.0, 5, 5) == [Lost(WORKER, 1, "desync"), Send(b"h", m.Revoke(RUN, HOST, WORKER, "desync"))]
+    assert beat(15.0, 5, 5) == []
+
+
+def test_everybody_drains_and_leaves() -> None:
+    peers = make(attached=True)
+    assert peers.drain() == [Send(b"h", m.Drain(RUN, HOST)), Send(b"w", m.Drain(RUN, WORKER))]
+    assert peers.drain() == []
+    assert rejection(list(peers.receive(b"x", hello(HELLO_HOST, incarnation=OTHER), 1.0))) == ("draining", False)
+    assert peers.receive(b"w", READY, 1.0) == [Deliver(READY)]
+    assert peers.receive(b"w", m.Bye(RUN, WORKER), 2.0) == [
+        Lost(WORKER, 1, "bye", clean=True),
+        Send(b"w", m.ByeAck(RUN, WORKER)),
+    ]
+    assert peers.receive(b"h", m.Bye(RUN, HOST), 2.0) == [
+        HostLost(HOST, "left", "bye"),
+        Send(b"h", m.ByeAck(RUN, HOST)),
+    ]
+    assert (peers.hosts, peers.workers) == ({}, {})
+
+
+def test_a_refused_attach_ends_the_worker() -> None:
+    peers = make()
+    peers.receive(b"w", ATTACH, 0.0)
+    reject = m.Reject(RUN, WORKER, "spec", "state.obs: float32, not uint8", False, "")
+    assert peers.refused(WORKER, "spec", "state.obs: float32, not uint8") == [
+        Send(b"w", reject),
+        Lost(WORKER, 1, "rejected: spec"),
+    ]
+    assert peers.refused(WORKER, "spec", "") == peers.accepted(WORKER, local=True) == []
+
+
+def test_fetch_and_broken_connections() -> None:
+    peers = make()
+    assert peers.receive(b"h", m.Fetch(RUN, HOST), 0.0) == [SendWeights(b"h", HOST)]
+    assert peers.unreachable(b"w")[0] == Lost(WORKER, 1, "unreachable")
+    assert peers.unreachable(b"h") == [HostLost(HOST, "left", "unreachable")]
+    assert peers.unreachable(b"h") == peers.revoke(WORKER, "x") == []

@@ -1,0 +1,1 @@
+"""Bytes: messages to frames and back, and the sockets that carry them. Only here are zmq and msgpack imported."""

@@ -1,0 +1,102 @@
+"""URLs of sockets: which are allowed, the folder for those on this machine, and what to say where one cannot be had."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+from zrl.errors import ConfigError
+
+#: The longest path of a Unix socket, without its final zero byte.
+MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
+
+
+def run_directory() -> Path:
+    """A new folder, 0700, with a path that is short enough for sockets. The caller removes it.
+
+    In ``XDG_RUNTIME_DIR`` where that exists, else in the folder for temporary files, else in ``/tmp``.
+    """
+    wanted = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    room = MAX_SOCKET_PATH - len("/zrl-12345678/learner.sock.pub")
+    for folder in wanted:
+        if folder and len(os.fsencode(folder)) <= room and os.access(folder, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="zrl-", dir=folder))
+    raise ConfigError(f"no writable folder with a path of at most {room} bytes for sockets; tried {wanted}")
+
+
+def pub_url(url: str) -> str:
+    """Where the PUB socket is that belongs to the ROUTER at `url`: the next port, or the path with ``.pub``.
+
+    Raises:
+        ConfigError: a port that is not a number below 65535.
+    """
+    if url.startswith("ipc://"):
+        return url + ".pub"
+    head, _, port = url.rpartition(":")
+    if port == "*":
+        return url
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65535:
+        raise ConfigError(f"{url}: expected a port from 1 to 65534, not {port!r}")
+    return f"{head}:{int(port) + 1}"
+
+
+def check_bind(url: str) -> None:
+    """Raise a `ConfigError` for a URL that may not or cannot be bound; it says what to do instead."""
+    if url.startswith("ipc://"):
+        _check_ipc(Path(url.removeprefix("ipc://")))
+    elif url.startswith("tcp://"):
+        _check_loopback(url)
+    else:
+        raise ConfigError(f"{url}: expected ipc://PATH or tcp://HOST:PORT")
+
+
+def _check_ipc(path: Path) -> None:
+    length = len(os.fsencode(path))
+    if not path.is_absolute():
+        raise ConfigError(f"ipc://{path}: expected an absolute path")
+    if length > MAX_SOCKET_PATH:
+        raise ConfigError(
+            f"ipc://{path}: {length} bytes, a socket's path may have {MAX_SOCKET_PATH}: take a shorter folder (TMPDIR)"
+        )
+    try:
+        folder = path.parent.stat()
+    except OSError as error:
+        raise ConfigError(f"ipc://{path}: no folder {path.parent}: {error.strerror}") from None
+    if folder.st_uid != os.getuid() or stat.S_IMODE(folder.st_mode) & 0o077:
+        raise ConfigError(f"ipc://{path}: {path.parent} must be yours alone: chmod 0700")
+    if _answers(path):  # libzmq would take the path away from whoever listens there
+        raise ConfigError(in_use(f"ipc://{path}"))
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return False
+    return True
+
+
+def _check_loopback(url: str) -> None:
+    host = url.removeprefix("tcp://").rpartition(":")[0]
+    if host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        raise ConfigError(f"{url}: expected tcp://127.0.0.1:PORT, tcp://[::1]:PORT or tcp://localhost:PORT") from None
+    if not loopback:
+        raise ConfigError(
+            f"{url}: not a loopback address. Other machines could connect unencrypted and unasked: that needs "
+            "--keys DIR (CURVE), or --insecure to go without; both are a later feature. Bind tcp://127.0.0.1:PORT"
+        )
+
+
+def in_use(url: str) -> str:
+    return f"{url}: address in use: another learner may be running there; choose another --bind, or end that one"

@@ -1,0 +1,328 @@
+"""The host's side of its children: start them, hear how each one ends, signal them, end them all.
+
+    zygote = Zygote.start("zrl.nodes.worker:main", payload=(factory, actor), run_dir=…, log_dir=…)
+    child = zygote.fork("worker-0", (index, incarnation, url))
+    loop.add_reader(zygote.fileno(), lambda: handle(zygote.events()))
+    …
+    zygote.close(deadline)
+
+No threads, no polling: all news come through one descriptor. Nothing waits for the zygote's imports either; children
+asked for before they are done are forked as soon as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self
+
+import cloudpickle  # type: ignore[import-untyped]
+
+from zrl.errors import ConfigError, ProcessError
+from zrl.nodes.pipe import End, Ended, Fork, Ready, Signal, Start, Started, Surroundings, Unframer, frame, store
+
+#: What a worker needs besides its own module; most of the start-up time of a fresh interpreter.
+PRELOAD = ("torch", "gymnasium", "gymnasium.vector", "zrl.collect.build")
+SEND_TIMEOUT = 10.0  # seconds that a request may wait for a zygote that is still importing
+CLOSE_TIMEOUT = 5.0  # seconds for `close`, when nobody said how long
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The zygote ended without being asked; its children, whose ends were reported before this, went with it."""
+
+    why: str
+
+
+Event = Started | Ended | Lost
+Target = str | Callable[..., object]
+
+
+@dataclass(eq=False)
+class Child:
+    """One child: `pid` is None until we heard that it has started, `ended` until we heard that it has ended."""
+
+    serial: int
+    name: str
+    log: Path
+    pid: int | None = None  # never 0, which os.kill takes for all of us
+    ended: Ended | None = None
+
+
+@dataclass(eq=False)
+class Zygote:
+    """A zygote, and its children, which are forks of it. Made by `start`; to be used by one thread at a time.
+
+    Attributes:
+        children: those whose end was not reported yet, by serial number.
+        ready: what the zygote said when its imports were done; None until then.
+        log: the zygote's own output.
+    """
+
+    mode: ClassVar[Literal["fork", "spawn"]] = "fork"
+
+    run_dir: Path
+    log_dir: Path
+    process: subprocess.Popen[bytes]
+    _socket: socket.socket
+    children: dict[int, Child] = field(default_factory=dict)
+    ready: Ready | None = None
+    _unframer: Unframer = field(default_factory=Unframer)
+    _events: deque[Event] = field(default_factory=deque)
+    _n_forked: int = 0
+    _over: bool = False  # the zygote's end of the pair is closed
+    _closed: bool = False
+
+    @classmethod
+    def start(
+        cls, target: Target, payload: object, *, run_dir: Path, log_dir: Path, preload: Sequence[str] = ()
+    ) -> Self:
+        """Start the zygote and return at once, while it imports.
+
+        Args:
+            target: what every child runs, ``target(payload, *args)``: a callable, or ``"module:function"``.
+            payload: for all children, as large as it may be; sent once, loaded by each child. Like a callable `target`
+                it may be defined in a notebook or an unguarded script: cloudpickle sends such things by value.
+            run_dir: folder that exists and is removed at the end, also when this process is killed.
+            log_dir: gets ``zygote.log`` and one ``<name>.log`` per child; made if it does not exist.
+            preload: modules to import besides `PRELOAD`; they must not start threads.
+
+        Raises:
+            ConfigError: the target or the payload cannot be pickled.
+            ProcessError: the process cannot be started.
+        """
+        run_dir, log_dir = run_dir.absolute(), log_dir.absolute()
+        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        surroundings = Surroundings.here()
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            payload_fd = store(_pickled("the environment factory or the actor", (target, payload)))
+            try:
+                process = _launch(surroundings, theirs.fileno(), payload_fd, log_dir / "zygote.log")
+            finally:
+                os.close(payload_fd)
+            undo.pop_all()
+        zygote = cls(run_dir, log_dir, process, ours)
+        zygote._send(Start(cls.mode, str(run_dir), payload_fd, (*PRELOAD, *preload), surroundings))
+        return zygote
+
+    @property
+    def log(self) -> Path:
+        return self.log_dir / "zygote.log"
+
+    def fork(self, name: str, args: tuple[Any, ...] = ()) -> Child:
+        """Ask for a child; `Started` or, should that fail, `Ended` will be among the events.
+
+        Args:
+            name: for messages and the log file: letters, digits, ``.``, ``_``, ``-``. A replacement may have the name
+                of its predecessor, and then goes on with its log.
+            args: arguments after the payload; small.
+
+        Raises:
+            ConfigError: the name will not do, or the arguments cannot be pickled.
+            ProcessError: there is no zygote any more, or it does not listen.
+        """
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"name: expected letters, digits, '.', '_' or '-', not {name!r:.120}")
+        if self._closed or self._over:
+            raise ProcessError(f"{name} cannot be started: the zygote has ended; its log: {self.log}")
+        pickled = _pickled(f"the arguments of {name}", args)
+        self._n_forked += 1
+        child = Child(self._n_forked, name, self.log_dir / f"{name}.log")
+        self.children[child.serial] = child
+        self._send(Fork(child.serial, name, str(child.log), pickled))
+        return child
+
+    def kill(self, child: Child) -> None:
+        """SIGKILL, to the child and to its own children. Nothing happens if it has ended."""
+        self._signal(child, signal.SIGKILL)
+
+    def terminate(self, child: Child) -> None:
+        """SIGTERM. Nothing happens if it has ended."""
+        self._signal(child, signal.SIGTERM)
+
+    def dump(self, child: Child) -> None:
+        """Have the stacks of all its threads written into its log. Nothing happens if it has ended."""
+        self._signal(child, signal.SIGUSR1)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `events` has news; for good after `Lost`, so stop watching it then."""
+        return self._socket.fileno()
+
+    def events(self) -> list[Event]:
+        """What happened since the last call, without waiting."""
+        self._receive()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def wait_event(self, timeout: float) -> Event | None:
+        """The next event, or None after `timeout` seconds without one."""
+        deadline = time.monotonic() + timeout
+        while not self._events and not self._over and self._wait(deadline):
+            self._receive()
+        return self._events.popleft() if self._events else None
+
+    def close(self, deadline: float | None = None) -> None:
+        """End all children and the zygote, and remove the run directory; idempotent. `events` tells how they ended.
+
+        Children get SIGTERM; SIGKILL after a third of the time; after two thirds the zygote gets SIGTERM, and SIGKILL
+        after five sixths, of which its children die too.
+
+        Args:
+            deadline: when to be done, on ``time.monotonic()``; in 5 s, if None. In the past: kill at once.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        now = time.monotonic()
+        left = CLOSE_TIMEOUT if deadline is None else max(0.0, deadline - now)
+        with contextlib.suppress(ProcessError):
+            self._send(End(left / 3), timeout=left / 3)
+        if not self._await_end(now + left * 2 / 3):
+            self.process.terminate()
+            if not self._await_end(now + left * 5 / 6):
+                self.process.kill()
+        self._reap()
+        self._all_ended("ended with the zygote")
+        self._socket.close()
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _signal(self, child: Child, signum: signal.Signals) -> None:
+        """Through the zygote: it is the one who knows that the pid is still the child's."""
+        if child.ended is None and not self._closed:
+            self._send(Signal(child.serial, signum))
+
+    def _send(self, message: object, timeout: float = SEND_TIMEOUT) -> None:
+        self._socket.settimeout(max(timeout, 1e-3))
+        try:
+            self._socket.sendall(frame(message))
+        except TimeoutError:
+            self.process.kill()  # part of a message may be on its way: there is no going on
+            raise ProcessError(f"the zygote does not listen (for {timeout:.0f} s); its log: {self.log}") from None
+        except OSError:
+            pass  # it has ended: the next `events` says so, and why
+
+    def _wait(self, deadline: float) -> bool:
+        """Whether there is something to read before the deadline."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+    def _receive(self) -> None:
+        """Take all that is there."""
+        if self._over or self._socket.fileno() < 0:
+            return
+        self._socket.setblocking(False)
+        try:
+            while data := self._socket.recv(1 << 16):
+                for message in self._unframer.feed(data):
+                    self._take(message)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            pass
+        self._over = True
+        if not self._closed:
+            self._lost()
+
+    def _take(self, message: Ready | Started | Ended) -> None:
+        if isinstance(message, Ready):
+            self.ready = message
+            return
+        if isinstance(message, Started):
+            self.children[message.serial].pid = message.pid
+        else:
+            self.children.pop(message.serial).ended = message
+        self._events.append(message)
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _await_end(self, deadline: float) -> bool:
+        while not self._over and self._wait(deadline):
+            self._receive()
+        return self._over
+
+    def _lost(self) -> None:
+        code = self._reap()
+        how = f"signal {-code}" if code < 0 else f"status {code}"
+        why = f"the zygote ended with {how}"
+        self._all_ended(why)
+        self._events.append(Lost(f"{why}; the end of its log, {self.log}:\n{_tail(self.log)}"))
+
+    def _all_ended(self, why: str) -> None:
+        for child in self.children.values():
+            child.ended = Ended(child.serial, child.pid, child.name, None, None, why)
+            self._events.append(child.ended)
+        self.children.clear()
+
+    def _reap(self) -> int:
+        """Exit status of the zygote, which has closed its end of the pair and so is about to go, or was killed."""
+        try:
+            return self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+class Spawner(Zygote):
+    """The same, with a fresh interpreter for each child: for what does not survive a fork; slower by its imports."""
+
+    mode: ClassVar[Literal["fork", "spawn"]] = "spawn"
+
+
+def _launch(surroundings: Surroundings, fd: int, payload_fd: int, log: Path) -> subprocess.Popen[bytes]:
+    command, environment = surroundings.command(str(fd))
+    try:
+        with open(log, "ab") as output:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(fd, payload_fd),
+                process_group=0,  # Ctrl-C in the terminal is for the host alone, also while the zygote imports
+            )
+    except OSError as error:
+        raise ProcessError(f"the zygote cannot be started: {error}") from error
+
+
+def _pickled(what: str, value: object) -> bytes:
+    try:
+        data: bytes = cloudpickle.dumps(value)
+        return data
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError, RuntimeError) as error:
+        raise ConfigError(
+            f"{what} cannot be sent to a worker: {error}; keep locks, files, sockets and running things out of it"
+        ) from error
+
+
+def _tail(log: Path) -> str:
+    try:
+        return log.read_bytes()[-2048:].decode(errors="replace")
+    except OSError as error:
+        return f"({error})"

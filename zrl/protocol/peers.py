@@ -1,0 +1,369 @@
+"""Hosts and workers as the learner knows them: who is welcome, who is alive, who is stale.
+
+A peer is whoever is at the far end of a routing id. What may happen in which state is in the tables of
+`zrl.protocol.peer_states`; what it means is here. The learner's own host is a peer like the others, with the routing
+id `OWN`: it is an object on the same loop, called instead of written to, and cannot fall silent.
+
+A host lives as long as it beats; a worker as long as its host does and says so. Nothing that a peer sends raises, and
+a peer that was not welcomed leaves nothing behind in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from zrl.protocol import messages as m
+from zrl.protocol.peer_states import HOST_TRANSITIONS, WORKER_TRANSITIONS, Event, State
+
+OWN = b""  # routing id of the learner's own host
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `message` to the peer with this routing id; to the own host where that is `OWN`."""
+
+    peer: bytes
+    message: m.Message
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Look at the ring and the specification of this Attach, then call `accepted` or `refused`."""
+
+    attach: m.Attach
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """This Ready comes from a worker in good standing; the slots' books decide next."""
+
+    ready: m.Ready
+
+
+@dataclass(frozen=True, slots=True)
+class SendWeights:
+    """Answer a host's Fetch."""
+
+    peer: bytes
+    incarnation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """This worker is gone, its slots with it. `report`: what its host knows; `clean`: it said Bye."""
+
+    incarnation: bytes
+    worker: int  # index
+    reason: str
+    clean: bool = False
+    report: m.Gone | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostLost:
+    """This host is gone; its workers were reported lost before."""
+
+    incarnation: bytes
+    name: str
+    reason: str
+
+
+Command = Send | Inspect | Deliver | SendWeights | Lost | HostLost
+
+
+@dataclass(slots=True)
+class Host:
+    """A welcomed host."""
+
+    peer: bytes
+    incarnation: bytes
+    name: str
+    pid: int
+    boot_id: str
+    local: bool
+    base: int
+    count: int
+    deadline: float  # when its silence has been too long
+    state: State = State.NEW
+    workers: dict[int, Worker] = field(default_factory=dict)  # by index in the run
+
+
+@dataclass(slots=True)
+class Worker:
+    """A welcomed worker."""
+
+    peer: bytes
+    incarnation: bytes
+    host: Host
+    index: int
+    generation: int
+    state: State = State.NEW
+    disagree: tuple[int, ...] = ()  # its counts and ours, when they last differed
+    disagree_since: float = 0.0
+
+
+#: (Readys accepted, Releases sent) of a live incarnation: `SlotTable.books`.
+Books = Callable[[bytes], tuple[int, int] | None]
+
+
+class Peers:
+    """All hosts and workers of a run, by routing id and by incarnation.
+
+    Args:
+        welcome: what every Welcome says; its `incarnation` and `index_base` are filled in.
+        boot_id: of this machine; a host with the same is local.
+        local_silence: seconds after which a silent local host is lost.
+        remote_silence: seconds, for the others.
+        most_hosts: names of hosts that are remembered, and so hosts; more are refused.
+
+    Attributes:
+        welcome: replace it when the weights' version has changed.
+        counters: what was ignored, by reason.
+    """
+
+    def __init__(
+        self,
+        welcome: m.Welcome,
+        *,
+        boot_id: str,
+        local_silence: float = 5.0,
+        remote_silence: float = 15.0,
+        most_hosts: int = 1024,
+    ) -> None:
+        self.welcome = welcome
+        self.hosts: dict[bytes, Host] = {}  # by incarnation, and so the workers
+        self.workers: dict[bytes, Worker] = {}
+        self.counters: Counter[str] = Counter()
+        self.draining = False
+        self._boot_id = boot_id
+        self._silence = {True: local_silence, False: remote_silence}
+        self._most_hosts = most_hosts
+        self._peers: dict[bytes, Host | Worker] = {}  # by routing id
+        self._bases: dict[str, tuple[int, int]] = {}  # name -> (index base, count), for the whole run
+        self._next_base = 0
+        self._last_tick: float | None = None
+
+    @property
+    def run_id(self) -> bytes:
+        return self.welcome.run_id
+
+    # What peers say.
+
+    def receive(self, peer: bytes, message: m.Message, now: float, books: Books | None = None) -> list[Command]:
+        """A message of the peer with this routing id; `books` to compare a Beat with.
+
+        Whatever is out of place is counted and has no effect: stale (another run, another incarnation), unexpected
+        (not in this state, not from this role), unknown (no Hello was welcomed; it gets a HelloAgain).
+        """
+        if isinstance(message, m.OtherVersion):
+            return self._reject(peer, message, "version", f"protocol {message.protocol}, not {m.PROTOCOL_VERSION}")
+        if isinstance(message, m.Hello):
+            return self._hello(peer, message, now)
+        known = self._peers.get(peer)
+        if known is None:
+            self.counters["unknown"] += 1
+            return [Send(peer, m.HelloAgain(self.run_id, message.incarnation))]
+        if message.run_id != self.run_id or message.incarnation != known.incarnation:
+            return self._ignore("stale")
+        if isinstance(known, Host):
+            known.deadline = max(known.deadline, self._deadline(known, now))
+            return self._from_host(known, message, now, books)
+        return self._from_worker(known, message)
+
+    def _hello(self, peer: bytes, hello: m.Hello, now: float) -> list[Command]:
+        if hello.run_id not in (m.NO_ID, self.run_id):
+            self.counters["stale"] += 1
+            return [Send(peer, m.HelloAgain(self.run_id, hello.incarnation))]
+        known = self._peers.get(peer)
+        if known is not None:
+            if known.incarnation != hello.incarnation:
+                return self._ignore("stale")
+            return [self._welcome(known)] if self._step(known, Event.HELLO) else []
+        if hello.incarnation == m.NO_ID or hello.incarnation in self.hosts or hello.incarnation in self.workers:
+            return self._ignore("unexpected")
+        if self.draining:
+            return self._reject(peer, hello, "draining", "this run is about to end")
+        return self._hello_host(peer, hello, now) if hello.role == "host" else self._hello_worker(peer, hello)
+
+    def _hello_host(self, peer: bytes, hello: m.Hello, now: float) -> list[Command]:
+        commands: list[Command] = []
+        twin = next((h for h in self.hosts.values() if h.name == hello.name), None)
+        if twin is not None:
+            if (twin.pid, twin.boot_id) != (hello.pid, hello.boot_id) or twin.peer == OWN:
+                return self._reject(peer, hello, "name_taken", f"a host {hello.name!r} is alive", retry=True)
+            commands = self._lose_host(twin, "started over")  # the same process: its old connection is no more
+        base = self._base_of(hello.name, hello.count)
+        if base is None:
+            return [*commands, *self._reject(peer, hello, "full", "no room for more workers")]
+        local = peer == OWN or (bool(self._boot_id) and hello.boot_id == self._boot_id)
+        host = Host(
+            peer, hello.incarnation, hello.name, hello.pid, hello.boot_id, local, base, hello.count, deadline=0.0
+        )
+        host.deadline = self._deadline(host, now)
+        self._step(host, Event.HELLO)
+        self._peers[peer] = self.hosts[host.incarnation] = host
+        return [*commands, self._welcome(host)]
+
+    def _hello_worker(self, peer: bytes, hello: m.Hello) -> list[Command]:
+        host = self.hosts.get(hello.host)
+        if host is None or host.state is not State.WELCOMED:
+            return self._reject(peer, hello, "unknown_host", "its host is not welcomed", retry=True)
+        if not host.base <= hello.index < host.base + host.count:
+            return self._ignore("unexpected")
+        if hello.index in host.workers:  # its host has yet to say what became of it
+            return self._reject(peer, hello, "name_taken", f"a worker {hello.index} is alive", retry=True)
+        worker = Worker(peer, hello.incarnation, host, hello.index, hello.generation)
+        self._step(worker, Event.HELLO)
+        self._peers[peer] = self.workers[worker.incarnation] = host.workers[worker.index] = worker
+        return [self._welcome(worker)]
+
+    def _from_host(self, host: Host, message: m.Message, now: float, books: Books | None) -> list[Command]:
+        if isinstance(message, m.Beat) and self._step(host, Event.BEAT):
+            return self._beat(host, message, now, books)
+        if isinstance(message, m.Gone) and self._step(host, Event.REPORT):
+            return self._report(host, message)
+        if isinstance(message, m.Fetch) and self._step(host, Event.FETCH):
+            return [SendWeights(host.peer, host.incarnation)]
+        if isinstance(message, m.Bye):
+            commands = self._lose_host(host, "bye", Event.BYE)
+            return [*commands, Send(host.peer, m.ByeAck(self.run_id, host.incarnation))]
+        return self._ignore("unexpected")
+
+    def _from_worker(self, worker: Worker, message: m.Message) -> list[Command]:
+        if isinstance(message, m.Ready) and self._step(worker, Event.READY):
+            return [Deliver(message)]
+        if isinstance(message, m.Attach) and self._step(worker, Event.ATTACH):
+            return [Inspect(message)]
+        if isinstance(message, m.Bye):
+            lost = self._lose_worker(worker, "bye", Event.BYE, clean=True)
+            return [lost, Send(worker.peer, m.ByeAck(self.run_id, worker.incarnation))]
+        return self._ignore("unexpected")
+
+    def _beat(self, host: Host, beat: m.Beat, now: float, books: Books | None) -> list[Command]:
+        """Revoke the children whose counts have differed from ours for too long with nothing moving on either side."""
+        commands: list[Command] = []
+        for child in beat.children:
+            worker = self.workers.get(child.incarnation)
+            ours = books(child.incarnation) if books else None
+            if worker is None or worker.host is not host or ours is None:
+                continue
+            counts = (child.sent, child.received, *ours)
+            if counts[:2] == counts[2:]:
+                worker.disagree = ()
+            elif counts != worker.disagree:  # messages are on their way
+                worker.disagree, worker.disagree_since = counts, now
+            elif now - worker.disagree_since >= self._silence[host.local]:
+                commands += self.revoke(worker.incarnation, "desync")
+        return commands
+
+    def _report(self, host: Host, gone: m.Gone) -> list[Command]:
+        worker = self.workers.get(gone.worker)
+        if worker is not None and worker.host is not host:
+            return self._ignore("unexpected")
+        if worker is None:  # it died before its Hello, or was given up before: why is still of interest
+            return [Lost(gone.worker, gone.index, gone.cause, clean=True, report=gone)]
+        return [self._lose_worker(worker, gone.cause, Event.LOSE, report=gone)]
+
+    # What the collator says.
+
+    def accepted(self, incarnation: bytes, *, local: bool) -> list[Command]:
+        """The ring of this worker's Attach is fine; it may be granted slots where it is ATTACHED now."""
+        worker = self.workers.get(incarnation)
+        if worker is None or not self._step(worker, Event.ACCEPT):
+            return []
+        return [Send(worker.peer, m.Attached(self.run_id, incarnation, local))]
+
+    def refused(self, incarnation: bytes, code: str, text: str) -> list[Command]:
+        """This worker's Attach is not accepted: it is told, and forgotten."""
+        worker = self.workers.get(incarnation)
+        if worker is None:
+            return []
+        lost = self._lose_worker(worker, f"rejected: {code}", Event.REFUSE)
+        reject = m.Reject(self.run_id, incarnation, code, m.clipped(text, 32_000), False, "")
+        return [Send(worker.peer, reject), lost]
+
+    def revoke(self, incarnation: bytes, reason: str) -> list[Command]:
+        """This worker is of no use any more: its host is to replace it."""
+        worker = self.workers.get(incarnation)
+        if worker is None:
+            return []
+        lost = self._lose_worker(worker, reason, Event.LOSE)
+        revoke = m.Revoke(self.run_id, worker.host.incarnation, incarnation, m.clipped(reason, 256))
+        return [lost, Send(worker.host.peer, revoke)]
+
+    def unreachable(self, peer: bytes) -> list[Command]:
+        """The ROUTER has no connection for this routing id any more."""
+        known = self._peers.get(peer)
+        if isinstance(known, Worker):
+            return self.revoke(known.incarnation, "unreachable")
+        return self._lose_host(known, "unreachable") if known is not None else []
+
+    def drain(self) -> list[Command]:
+        """The run is to end: everybody finishes what is in hand; nobody new is welcomed."""
+        self.draining = True
+        everybody: list[Host | Worker] = [*self.hosts.values(), *self.workers.values()]
+        return [Send(p.peer, m.Drain(self.run_id, p.incarnation)) for p in everybody if self._step(p, Event.DRAIN)]
+
+    def tick(self, now: float, interval: float = 1.0) -> list[Command]:
+        """To be called every `interval` seconds. What the learner itself was late by is added to every deadline: it
+        may have stood still together with the messages that wait for it."""
+        late = 0.0 if self._last_tick is None else max(0.0, now - self._last_tick - interval)
+        self._last_tick = now
+        for host in self.hosts.values():
+            host.deadline += late
+        silent = [host for host in self.hosts.values() if host.peer != OWN and now >= host.deadline]
+        return [command for host in silent for command in self._lose_host(host, "silent")]
+
+    # What all of this is made of.
+
+    def _step(self, peer: Host | Worker, event: Event) -> bool:
+        table = HOST_TRANSITIONS if isinstance(peer, Host) else WORKER_TRANSITIONS
+        to = table.get((peer.state, event))
+        if to is None:
+            return False
+        peer.state = to
+        return True
+
+    def _lose_worker(
+        self, worker: Worker, reason: str, event: Event, *, clean: bool = False, report: m.Gone | None = None
+    ) -> Lost:
+        self._step(worker, event)
+        del self._peers[worker.peer], self.workers[worker.incarnation], worker.host.workers[worker.index]
+        return Lost(worker.incarnation, worker.index, reason, clean, report)
+
+    def _lose_host(self, host: Host, reason: str, event: Event = Event.LOSE) -> list[Command]:
+        why = f"host {reason}"
+        lost: list[Command] = [self._lose_worker(w, why, Event.LOSE) for w in list(host.workers.values())]
+        self._step(host, event)
+        del self._peers[host.peer], self.hosts[host.incarnation]
+        return [*lost, HostLost(host.incarnation, host.name, reason)]
+
+    def _welcome(self, peer: Host | Worker) -> Send:
+        base = peer.base if isinstance(peer, Host) else peer.host.base
+        w = self.welcome
+        fields = {name: getattr(w, name) for name in m.kinds_of(m.Welcome)}
+        return Send(peer.peer, m.Welcome(**{**fields, "incarnation": peer.incarnation, "index_base": base}))
+
+    def _reject(self, peer: bytes, to: m.Message, code: str, text: str, *, retry: bool = False) -> list[Command]:
+        self.counters[f"rejected: {code}"] += 1
+        return [Send(peer, m.Reject(self.run_id, to.incarnation, code, text, retry, ""))]
+
+    def _ignore(self, reason: str) -> list[Command]:
+        self.counters[reason] += 1
+        return []
+
+    def _deadline(self, host: Host, now: float) -> float:
+        return now + self._silence[host.local]
+
+    def _base_of(self, name: str, count: int) -> int | None:
+        """First index of a host's workers. A name that comes back gets its indices, and so its seeds, again."""
+        base, reserved = self._bases.get(name, (0, -1))
+        if count <= reserved:
+            return base
+        if len(self._bases) >= self._most_hosts or self._next_base + count > 1 << 16:
+            return None
+        base, self._next_base = self._next_base, self._next_base + count
+        self._bases[name] = (base, count)
+        return base
