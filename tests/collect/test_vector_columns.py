@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -33,6 +33,7 @@ class VectorColumns:
         self.n = B
         self.rewards: Array = np.zeros(B)
         self.dummies: Sequence[int] = ()
+        self.calls: MutableSequence[int] | memoryview = [0]
         self.seeds: list[int | None] | None = list(seeds)
 
     def reset(self, row: Row) -> None:

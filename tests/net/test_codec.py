@@ -249,7 +249,7 @@ def test_clipped_text_fits_and_keeps_the_end() -> None:
 
 def test_published_weights_are_one_frame() -> None:
     payload = bytes(range(200))
-    message = m.Weights(RUN, m.NO_ID, 5, 200, 1, 1)
+    message = m.Weights(RUN, m.NO_ID, 5, 200, bytes(16), 1, 1)
     frame = encode_weights(message, payload)
     found, bytes_found = decode_weights(frame)
     assert (found, bytes(bytes_found)) == (message, payload)

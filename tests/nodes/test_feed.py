@@ -80,7 +80,8 @@ class Bench:
     def __init__(self, device: str = "cpu") -> None:
         self.copied: list[int] = []
         self.sources: dict[int, list[Slot]] = {}
-        self.feed = Feed(SPEC, P, torch.device(device), on_copied=self.on_copied)
+        self.feed = Feed(P, torch.device(device), on_copied=self.on_copied)
+        self.feed.begin(SPEC)
 
     def on_copied(self, batch_id: int) -> None:
         assert threading.current_thread().name == "zrl-feed"
@@ -248,7 +249,8 @@ def test_close_is_bounded_while_a_callback_blocks() -> None:
     def blocked(_: int) -> None:
         gate.wait(DEADLINE)
 
-    feed = Feed(SPEC, P, on_copied=blocked)
+    feed = Feed(P, on_copied=blocked)
+    feed.begin(SPEC)
     feed.submit(1, fragments(1), metas(1))
     begun = time.monotonic()
     feed.close(timeout=0.1)
@@ -261,7 +263,8 @@ def test_an_error_of_the_thread_reaches_the_user() -> None:
     def broken(_: int) -> None:
         raise RuntimeError("Event loop is closed")
 
-    feed = Feed(SPEC, P, on_copied=broken)
+    feed = Feed(P, on_copied=broken)
+    feed.begin(SPEC)
     feed.submit(1, fragments(1), metas(1))
     with pytest.raises(RuntimeError, match="Event loop is closed"):
         feed.take(DEADLINE)

@@ -19,18 +19,19 @@ ME = bytes(range(16))
 
 def test_a_new_page_says_build_and_nothing_else() -> None:
     with Page.create(ME) as page:
-        assert page.read() == Progress(0, Phase.BUILD, 0, 0)
+        assert page.read() == Progress(0, Phase.BUILD, 0, 0, -1)
 
 
 def test_the_host_reads_what_the_child_writes() -> None:
     with Page.create(ME) as host, Page.attach(host.address, ME) as child:
         child.enter(Phase.COLLECT)
         for _ in range(3):
-            child.count_calls()
-        child.count_calls(7)
+            child.calls[0] += 1
+        child.calls[0] += 7
+        child.blame(3)
         child.set_sent(2**40)
         child.count_release()
-        assert host.read() == Progress(10, Phase.COLLECT, 2**40, 1)
+        assert host.read() == Progress(10, Phase.COLLECT, 2**40, 1, 3)
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -42,7 +43,7 @@ def test_every_phase_travels(phase: Phase) -> None:
 
 def test_words_stand_where_the_drawing_says() -> None:
     with Page.create(ME) as page:
-        page.count_calls(1)
+        page.calls[0] += 1
         page.enter(Phase.WAIT)
         page.set_sent(3)
         page.count_release()
@@ -92,7 +93,7 @@ def test_a_stopped_child_can_be_read_and_outlived(tmp_path: Path) -> None:
         with Page.attach(MemoryAddress(*address), ME) as mine:  # type: ignore[arg-type]
             mine.enter(Phase.COLLECT)
             while True:
-                mine.count_calls()
+                mine.calls[0] += 1
 
     run_dir = tmp_path / "run"
     run_dir.mkdir()

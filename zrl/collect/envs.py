@@ -8,7 +8,7 @@ writes what came of one step of all columns into the next row, with the *final* 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -33,11 +33,13 @@ class Columns(Protocol):
         rewards: float64 ``[B]``, the rewards of the last step before they were rounded to float32.
         dummies: columns whose last step was none: it only began their next episode, as vector environments do it that
             cannot reset a column alone. Their final observation stays in the row of the end.
+        calls: one word that every call of an environment counts up when it is done: a sign of life.
     """
 
     n: int
     rewards: Array
     dummies: Sequence[int]
+    calls: MutableSequence[int] | memoryview
 
     def reset(self, row: Row) -> None:
         """Begin an episode in every column, the very first one with its seed: observations into `row`."""
@@ -83,6 +85,7 @@ class PlainColumns:
         self.n = len(envs)
         self.rewards: Array = np.zeros(self.n)
         self.dummies: Sequence[int] = ()
+        self.calls: MutableSequence[int] | memoryview = [0]
         self._envs = list(envs)
         self._steps = [env.step for env in envs]
         self._seeds = list(seeds)
@@ -109,12 +112,14 @@ class PlainColumns:
         infos: list[dict[str, Any]] = []
         ends: list[End] = []
         keep_infos = bool(self._infos)
+        calls = self.calls
         result: Any = _UNSET
         started = perf_counter()
         try:
             for step, action in zip(self._steps, actions, strict=True):
                 result = _UNSET
                 result = step(action)
+                calls[0] += 1
                 obs, rew, terminated, truncated, info = result
                 if terminated or truncated:
                     ends.append((len(rewards), bool(terminated), info))
@@ -158,6 +163,7 @@ class PlainColumns:
             started = perf_counter()
             try:
                 result = self._steps[j](actions[j])
+                self.calls[0] += 1
                 obs, rew, terminated, truncated, info = result
                 ended = bool(terminated or truncated)
             except Exception as e:
@@ -181,6 +187,7 @@ class PlainColumns:
     def begin(self, ends: Iterable[End], row: Row) -> None:
         for j, _, _ in ends:
             self._write_obs.write_one(j, reset_env(self._envs[j], j), row.obs, "reset")
+            self.calls[0] += 1
 
     def _write_info(self, j: int, info: dict[str, Any], arrays: Sequence[Array]) -> None:
         """Declared keys of one info; where a key is absent NaN or 0, and False in its mask."""

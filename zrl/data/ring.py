@@ -106,16 +106,31 @@ class Ring:
             SharedMemoryError: it cannot be opened (see `Memory.attach`), or is not the ring that is expected: names the
                 field, what was expected and what was found.
         """
-        fields = _fields(slot_nbytes, n_slots, run_id, incarnation, digest)
-        check_header("ring", {"nbytes": (_total(slot_nbytes, n_slots), address.nbytes)})
+        _fields(slot_nbytes, n_slots, run_id, incarnation, digest)
+        _check_total(slot_nbytes, n_slots, address.nbytes)
         memory = Memory.attach(address, max_nbytes=max_nbytes)
         try:
-            found = _HEADER.unpack(memory.data[: _HEADER.size].tobytes())
-            check_header("ring", dict(zip(_FIELDS, zip(fields, found, strict=True), strict=True)))
-            return cls(memory, slot_nbytes, n_slots)
+            return cls.over(
+                memory, run_id=run_id, incarnation=incarnation, digest=digest, slot_nbytes=slot_nbytes, n_slots=n_slots
+            )
         except BaseException:
             memory.close()
             raise
+
+    @classmethod
+    def over(
+        cls, memory: Memory, *, run_id: bytes, incarnation: bytes, digest: bytes, slot_nbytes: int, n_slots: int
+    ) -> Ring:
+        """The ring in memory that was attached already, which stays the caller's to close if it is none.
+
+        Raises:
+            SharedMemoryError: it is not the ring that is expected.
+        """
+        fields = _fields(slot_nbytes, n_slots, run_id, incarnation, digest)
+        _check_total(slot_nbytes, n_slots, memory.nbytes)
+        found = _HEADER.unpack(memory.data[: _HEADER.size].tobytes())
+        check_header("ring", dict(zip(_FIELDS, zip(fields, found, strict=True), strict=True)))
+        return cls(memory, slot_nbytes, n_slots)
 
     def slot(self, k: int) -> Bytes:
         """Slot k, `[slot_nbytes]` uint8: always the same array.
@@ -157,6 +172,10 @@ def _stride(slot_nbytes: int) -> int:
 
 def _total(slot_nbytes: int, n_slots: int) -> int:
     return _PAGE + n_slots * _stride(slot_nbytes)
+
+
+def _check_total(slot_nbytes: int, n_slots: int, found: int) -> None:
+    check_header("ring", {"nbytes": (_total(slot_nbytes, n_slots), found)})
 
 
 def _fields(

@@ -75,10 +75,10 @@ class Feed:
     """Batches of P fragments for the user's thread. Close it: its thread keeps it alive.
 
     Every request for a batch is answered by one `submit`, every `submit` by one `take`: ask for one batch at the start
-    and one after each `take` that returned one; `capacity_free` tells the same.
+    and one after each `take` that returned one; `capacity_free` tells the same. `begin` comes before the first
+    `submit`, as soon as it is known what a fragment looks like; `take` and `fail` need not wait for it.
 
     Args:
-        spec: the layout of one fragment.
         n_per_batch: P, fragments of a batch.
         device: where the batches shall be.
         on_copied: called from the feed's thread with the id of each batch whose bytes are out of their slots.
@@ -89,21 +89,17 @@ class Feed:
 
     def __init__(
         self,
-        spec: FragmentSpec,
         n_per_batch: int,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
         *,
         on_copied: Callable[[int], None],
     ) -> None:
         self.stats = FeedStats()
-        self._spec, self._n_per_batch, self._on_copied = spec, n_per_batch, on_copied
-        self._buffers: Buffers
-        if device.type == "cuda":
-            self._buffers = CudaBuffers(spec, n_per_batch, device)
-        else:
-            self._buffers = HostBuffers(spec, n_per_batch)
+        self._n_per_batch, self._device, self._on_copied = n_per_batch, device, on_copied
+        self._spec: FragmentSpec
+        self._buffers: Buffers | None = None
         self._changed = threading.Condition()  # guards all that follows
-        self._free = deque(range(self._buffers.n_buffers))
+        self._free: deque[int] = deque()
         self._jobs: deque[Job] = deque()
         self._ready: deque[Filled] = deque()
         self._in_hands: deque[int] = deque()  # buffers: previous, current
@@ -114,6 +110,18 @@ class Feed:
         self._thread.start()
 
     # The collator's thread.
+
+    def begin(self, spec: FragmentSpec) -> None:
+        """Make the batch buffers; once. Fragments are laid out as `spec` says."""
+        if self._buffers is not None:
+            raise RuntimeError("the feed has begun already")
+        self._spec = spec
+        if self._device.type == "cuda":
+            self._buffers = CudaBuffers(spec, self._n_per_batch, self._device)
+        else:
+            self._buffers = HostBuffers(spec, self._n_per_batch)
+        with self._changed:
+            self._free.extend(range(self._buffers.n_buffers))
 
     def submit(self, batch_id: int, sources: Sequence[Slot], metas: Sequence[FragmentMeta]) -> None:
         """Copy these P slots, in this order, when a buffer is free. Never blocks; after `close` nothing happens.
@@ -142,11 +150,11 @@ class Feed:
             Whether `unregister` is due before it is unmapped. False on the CPU; where CUDA refuses: one warning,
             pageable copies.
         """
-        return self._buffers.register(memory)
+        return self._begun().register(memory)
 
     def unregister(self, memory: Array) -> None:
         """Undo a `register` that returned True; after the `on_copied` of the last batch with slots in it."""
-        self._buffers.unregister(memory)
+        self._begun().unregister(memory)
 
     # The user's thread.
 
@@ -175,7 +183,7 @@ class Feed:
             filled = self._ready.popleft()
             self._ahead -= 1
             self._in_hands.append(filled.buffer)
-            self._buffers.take(filled.buffer)
+            self._begun().take(filled.buffer)
             if len(self._in_hands) > IN_HANDS:
                 self._release(self._in_hands.popleft())
         return filled
@@ -203,9 +211,14 @@ class Feed:
             self._thread.join(timeout)
 
     def _release(self, buffer: int) -> None:
-        self._buffers.give_back(buffer)
+        self._begun().give_back(buffer)
         self._free.append(buffer)
         self._changed.notify_all()
+
+    def _begun(self) -> Buffers:
+        if self._buffers is None:
+            raise RuntimeError("the feed has not begun")
+        return self._buffers
 
     # The feed's thread.
 
@@ -216,7 +229,8 @@ class Feed:
         except BaseException as error:
             self.fail(error)
         with contextlib.suppress(Exception):  # a device that failed has told so already
-            self._buffers.finish()
+            if self._buffers is not None:
+                self._buffers.finish()
 
     def _next(self) -> bool:
         """Wait for a job and a buffer and do it; False at the end. Keeps no reference to the slots afterwards."""
@@ -225,13 +239,14 @@ class Feed:
             if self._closed:
                 return False
             (batch_id, sources, metas), buffer = self._jobs.popleft(), self._free.popleft()
-        begun = time.perf_counter()
-        self._buffers.fill(buffer, sources)
-        self.stats.copy_seconds += time.perf_counter() - begun
+        started = time.perf_counter()
+        buffers = self._begun()
+        buffers.fill(buffer, sources)
+        self.stats.copy_seconds += time.perf_counter() - started
         self.stats.batches += 1
         self.stats.fragments += len(sources)
         self._on_copied(batch_id)
-        filled = Filled(batch_id, Record.of(self._spec, list(self._buffers.leaves(buffer))), metas, buffer)
+        filled = Filled(batch_id, Record.of(self._spec, list(buffers.leaves(buffer))), metas, buffer)
         with self._changed:
             self._ready.append(filled)
             self._changed.notify_all()

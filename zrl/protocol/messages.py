@@ -328,11 +328,15 @@ class Fetch(Message):
 
 @dataclass(frozen=True, slots=True)
 class Weights(Message):
-    """Learner → host, in answer to Fetch; `n_chunks` raw frames of `nbytes` bytes in all follow. Also on PUB."""
+    """Learner → host, in answer to Fetch; `n_chunks` raw frames of `nbytes` bytes in all follow. Also on PUB.
+
+    `digest` is that of the weights' manifest: names, dtypes, shapes. A host hands it on; its workers compare.
+    """
 
     TAG: ClassVar[int] = 13
     version: int = _is(Int(1, _MOST_COUNT))
     nbytes: int = _is(Int(0, 1 << 47))
+    digest: bytes = _id()
     crc32: int = _is(Int(0, (1 << 32) - 1))
     n_chunks: int = _is(Int(0, 1 << 31))
 
@@ -368,3 +372,8 @@ def clipped(text: str, most: int) -> str:
     """`text` as valid UTF-8 of at most `most` bytes; of a longer one the end is kept (a traceback ends with why)."""
     data = text.encode("utf-8", "replace")
     return data[-most:].decode("utf-8", "ignore") if len(data) > most else data.decode("utf-8")
+
+
+def printable(text: str) -> str:
+    """A peer's text for a terminal or a log: one line, with everything that is not printable escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,6 +10,7 @@ a peer that was not welcomed leaves nothing behind in memory.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ class Peers:
 
     Args:
         welcome: what every Welcome says; its `incarnation` and `index_base` are filled in.
+        slots_of: K of the worker with this index; that of `welcome`, if None.
         boot_id: of this machine; a host with the same is local.
         local_silence: seconds after which a silent local host is lost.
         remote_silence: seconds, for the others.
@@ -131,8 +133,10 @@ class Peers:
         local_silence: float = 5.0,
         remote_silence: float = 15.0,
         most_hosts: int = 1024,
+        slots_of: Callable[[int], int] | None = None,
     ) -> None:
         self.welcome = welcome
+        self._slots_of = slots_of
         self.hosts: dict[bytes, Host] = {}  # by incarnation, and so the workers
         self.workers: dict[bytes, Worker] = {}
         self.counters: Counter[str] = Counter()
@@ -343,8 +347,8 @@ class Peers:
     def _welcome(self, peer: Host | Worker) -> Send:
         base = peer.base if isinstance(peer, Host) else peer.host.base
         w = self.welcome
-        fields = {name: getattr(w, name) for name in m.kinds_of(m.Welcome)}
-        return Send(peer.peer, m.Welcome(**{**fields, "incarnation": peer.incarnation, "index_base": base}))
+        n_slots = self._slots_of(peer.index) if self._slots_of and isinstance(peer, Worker) else w.n_slots
+        return Send(peer.peer, dataclasses.replace(w, incarnation=peer.incarnation, index_base=base, n_slots=n_slots))
 
     def _reject(self, peer: bytes, to: m.Message, code: str, text: str, *, retry: bool = False) -> list[Command]:
         self.counters[f"rejected: {code}"] += 1

@@ -1,0 +1,591 @@
+"""The collator: owns the sockets, knows every slot's state, forms batches of slot indices. One thread, one loop.
+
+    workers ── Ready(slot) ──► ROUTER ─► decode ─► Peers ─► Scheduler ─► Feed ─► the user's thread
+            ◄─ Release(slot) ─                        │          ▲         │
+                                                    own host     └─copied──┘
+
+All that is decided is decided by the pure tables of `zrl.protocol`: what comes in is handed to them, and the commands
+that they return are carried out here, in their order. Everything but `start`, `advance`, `stats` and `close` runs on
+the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import resource
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvloop
+
+from zrl.data.batch import FragmentMeta
+from zrl.data.fragment import Slot
+from zrl.data.memory import Memory, MemoryAddress, boot_id
+from zrl.data.ring import Ring
+from zrl.data.spec import FragmentSpec
+from zrl.errors import ProtocolError, RecordError, SharedMemoryError, StarvationError, ZrlError
+from zrl.metrics import StageTimes
+from zrl.net.addresses import pub_url
+from zrl.net.codec import TOPIC_STATUS, decode, encode
+from zrl.net.endpoint import Endpoint
+from zrl.net.sockets import Rest, bind, make_context, make_pub, make_router, send
+from zrl.nodes.children import Zygote
+from zrl.nodes.feed import Feed
+from zrl.nodes.host import Host, Patience, RunInfo
+from zrl.nodes.publisher import Publisher
+from zrl.protocol import messages as m
+from zrl.protocol import peers as p
+from zrl.protocol import schedule as s
+from zrl.protocol.peer_states import State
+from zrl.protocol.slots import Slot as SlotState
+from zrl.protocol.slots import SlotTable, Unmap
+
+TICK = 1.0  # seconds between two looks at the clock
+MAX_FRAGMENT_BYTES = 256 << 20
+DRAIN_SHARE = 0.3  # of the time for closing, in which workers may finish by themselves
+
+logger = logging.getLogger("zrl")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do.
+
+    Attributes:
+        n_steps, n_columns: T and B of a fragment.
+        n_per_batch: P, fragments of a batch.
+        slots_of: K of the worker with this index.
+        n_workers: how many the run has; 0: whoever connects.
+        max_lag, entropy, sticky, keep_final_obs, worker_mode: as for `zrl.rollout.multi.rollout`.
+        info_keys: their names.
+        env, actor: their names, for hosts that are given no more.
+        bind: URLs besides the one in the run's folder.
+        starve_timeout: seconds with too few slots for a batch, after which the run ends.
+        max_fragment_bytes: a larger fragment is refused.
+    """
+
+    n_steps: int
+    n_columns: int
+    n_per_batch: int
+    slots_of: Callable[[int], int]
+    n_workers: int
+    max_lag: int | None
+    entropy: int
+    sticky: bool = False
+    keep_final_obs: bool = False
+    info_keys: tuple[str, ...] = ()
+    worker_mode: str = "train"
+    env: str = ""
+    actor: str = ""
+    bind: tuple[str, ...] = ()
+    starve_timeout: float = 60.0
+    max_fragment_bytes: int = MAX_FRAGMENT_BYTES
+
+
+@dataclass(frozen=True)
+class OwnHost:
+    """The learner's own children: how many, who starts them, when to lose patience, which logs to keep."""
+
+    zygote: Zygote
+    count: int
+    patience: Patience
+    keep_log: Callable[[Path], Path]
+
+
+class _Mapped:
+    """An attached ring, and its slots as the feed reads them."""
+
+    def __init__(self, ring: Ring, spec: FragmentSpec, feed: Feed) -> None:
+        self._ring, self._feed = ring, feed
+        self.slots = [Slot(spec, ring.slot(k)) for k in range(ring.n_slots)]
+        self._registered = feed.register(ring.memory.data)
+
+    def close(self) -> None:
+        if self._registered:
+            self._feed.unregister(self._ring.memory.data)
+        self.slots.clear()
+        self._ring.close()
+
+
+class Collator:
+    """Made and closed by the user's thread; `start` it once.
+
+    Args:
+        plan: the run.
+        publisher: closed by its owner, after `close`.
+        run_dir: folder of the run's sockets, 0700.
+        device: of the batches.
+        own: the learner's own workers, if it has any. Their zygote is closed here.
+
+    Attributes:
+        feed: where the batches come out.
+        urls: of the ROUTER, the one in `run_dir` first; after `start`.
+        slots: the books; `slots.newest` is set by the user's thread before it publishes.
+    """
+
+    def __init__(
+        self, plan: Plan, publisher: Publisher, run_dir: Path, device: torch.device, own: OwnHost | None
+    ) -> None:
+        self.plan = plan
+        self.publisher = publisher
+        self.urls: list[str] = []
+        self.pub_urls: list[str] = []
+        self.slots = SlotTable(newest=publisher.version)
+        self.scheduler = s.scheduler(
+            self.slots, n_per_batch=plan.n_per_batch, max_lag=plan.max_lag, n_workers=plan.n_workers
+        )
+        self.feed = Feed(plan.n_per_batch, device, on_copied=lambda batch_id: self._post(self._copied, batch_id))
+        self.spec: FragmentSpec | None = None
+        self.times = StageTimes()
+        self.waited = 0.0  # seconds that workers waited for slots
+        self.losses: Counter[str] = Counter()
+        self._odd = 0
+        self._run_dir = run_dir
+        self._own = own
+        self._mapped: dict[bytes, _Mapped] = {}
+        self._todo: deque[s.Command | p.Command] = deque()
+        self._busy = False
+        self._had_workers = False
+        self._starving_since: float | None = None
+        self._host: Host | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._closing: asyncio.Event
+        self._deadline = 0.0  # of the closing
+        self._started = threading.Event()
+        self._start_error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="zrl-collator", daemon=True)
+        self._lock = threading.Lock()  # one closer at a time
+        self._closed = False
+
+    # ── the user's thread ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Bind the sockets and start the workers; returns when the sockets are bound.
+
+        Raises:
+            ConfigError: an address cannot be bound.
+        """
+        self._thread.start()
+        self._started.wait()
+        if self._start_error is not None:
+            self._thread.join()
+            raise self._start_error
+
+    def advance(self, *, published: int = 0, yielded: tuple[int, int] | None = None, request: bool = False) -> None:
+        """Tell what happened, in this order: a batch was `yielded` (or found too old) at a version, a version was
+        published, another batch is wanted. Returns at once."""
+        self._post(self._advance, published, yielded, request)
+
+    def stats(self, timeout: float = 5.0) -> dict[str, Any]:
+        """Where everything is, see `_stats`; of the last moment, where the collator has ended."""
+        if self._closed or not self._thread.is_alive():
+            return self._stats()
+        answer: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+        self._post(lambda: answer.set_result(self._stats()))
+        with contextlib.suppress(TimeoutError):
+            return answer.result(timeout)
+        return {}
+
+    def close(self, deadline: float) -> None:
+        """End everything by `deadline` on ``time.monotonic()``; idempotent, from any thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self.feed.close(max(0.0, (deadline - time.monotonic()) / 4))
+            self._deadline = deadline
+            if self._thread.is_alive():
+                self._post(lambda: self._closing.set())
+                if threading.current_thread() is not self._thread:
+                    self._thread.join(max(0.0, deadline - time.monotonic()) + 1.0)
+            if self._own is not None:
+                self._own.zygote.close(deadline)
+
+    def _post(self, call: Callable[..., object], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(call, *args)
+
+    # ── the thread of the loop ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            self._loop = runner.get_loop()
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        self._closing = asyncio.Event()
+        self._loop.set_exception_handler(self._on_exception)
+        with contextlib.ExitStack() as opened:
+            try:
+                self._open(opened)
+            except BaseException as error:
+                self._start_error = error
+                return
+            finally:
+                self._started.set()
+            await self._closing.wait()
+            await self._drain()
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        raise_descriptor_limit()
+        context = make_context()
+        opened.callback(context.term)
+        self._router, self._pub = make_router(context), make_pub(context)
+        opened.callback(self._pub.close)
+        opened.callback(self._router.close)
+        own_url = f"ipc://{self._run_dir}/learner.sock"
+        for url in (own_url, *self.plan.bind):
+            bound = bind(self._router, url)
+            self.urls.append(bound)
+            self.pub_urls.append(bind(self._pub, pub_url(bound)))
+        opened.callback(self._unmap_all)
+        self.peers = p.Peers(self._welcome(), boot_id=boot_id(), slots_of=self.plan.slots_of)
+        self._endpoint = Endpoint(self._router, self._loop, self._on_message)
+        opened.callback(self._endpoint.close)
+        opened.callback(self._end_timer)
+        if self._own is not None:
+            self._host = Host(
+                self._own.zygote,
+                self._loop,
+                name="learner",
+                count=self._own.count,
+                patience=self._own.patience,
+                tell=self._from_own_host,
+                failed=self.fail,
+                keep_log=self._own.keep_log,
+            )
+            opened.callback(self._host.close)
+            self._from_own_host(self._host.hello())
+        self._timer = self._loop.call_later(TICK, self._tick)
+
+    def _welcome(self) -> m.Welcome:
+        plan = self.plan
+        return m.Welcome(
+            self.publisher.run_id,
+            m.NO_ID,
+            n_steps=plan.n_steps,
+            n_columns=plan.n_columns,
+            n_slots=plan.slots_of(0),
+            sticky=plan.sticky,
+            keep_final_obs=plan.keep_final_obs,
+            info_keys=plan.info_keys,
+            worker_mode=plan.worker_mode,
+            entropy=plan.entropy.to_bytes(16, "big"),
+            index_base=0,
+            env=plan.env,
+            actor=plan.actor,
+            version=self.publisher.version,
+            pub_url=self.pub_urls[-1],
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """There is no going on: the user's thread gets this error."""
+        self.feed.fail(error)
+
+    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        logger.error("the collator failed: %s", context.get("message"), exc_info=error)
+        self.fail(error if isinstance(error, BaseException) else ZrlError(str(context.get("message"))))
+
+    async def _drain(self) -> None:
+        """Ask everybody to finish; wait for it, for a part of the time. Then the stack of `_main` closes all."""
+        self._do(self.scheduler.drain())
+        self._do(self.peers.drain())
+        left = max(0.0, self._deadline - time.monotonic())
+        until = time.monotonic() + left * DRAIN_SHARE
+        if self._host is not None:
+            await self._host.ended(until - time.monotonic())
+        while self._others() and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
+    def _others(self) -> bool:
+        """Whether there are hosts besides our own."""
+        return any(host.peer != p.OWN for host in self.peers.hosts.values())
+
+    def _end_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _unmap_all(self) -> None:
+        for mapped in self._mapped.values():
+            mapped.close()
+        self._mapped.clear()
+
+    # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_message(self, peer: bytes, header: bytes, rest: Rest) -> None:
+        try:
+            message = decode(header)
+        except ProtocolError:
+            self._odd += 1
+            return
+        self._do(self.peers.receive(peer, message, time.monotonic(), self.slots.books))
+
+    def _from_own_host(self, message: m.Message) -> None:
+        self._do(self.peers.receive(p.OWN, message, time.monotonic(), self.slots.books))
+
+    def _advance(self, published: int, yielded: tuple[int, int] | None, request: bool) -> None:
+        if yielded is not None:
+            self._do(self.scheduler.batch_yielded(*yielded))
+        if published:
+            self.peers.welcome = dataclasses.replace(self.peers.welcome, version=published)
+            if self._others():  # before any Release that calls for this version
+                send(self._pub, self.publisher.frame())
+            self._do(self.scheduler.published(published))
+        if request:
+            self._do(self.scheduler.batch_requested())
+
+    def _copied(self, batch_id: int) -> None:
+        self._do(self.scheduler.batch_copied(batch_id))
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._timer = self._loop.call_later(TICK, self._tick)
+        self._do(self.peers.tick(now))
+        if self._host is not None:
+            self._host.tick(now)
+        self._check_starvation(now)
+        status = {"run_id": self.publisher.run_id.hex(), "version": self.publisher.version}
+        send(self._pub, TOPIC_STATUS + json.dumps(status).encode())
+
+    def _check_starvation(self, now: float) -> None:
+        """Too few slots for a batch, counting those of workers that are being built."""
+        workers = self.peers.workers
+        slots = sum(len(ring.states) for ring in self.slots.live())
+        slots += sum(
+            self.plan.slots_of(w.index) for w in workers.values() if w.state in (State.WELCOMED, State.ATTACHING)
+        )
+        if self._host is not None:
+            unborn = [kid for kid in self._host.kids.values() if kid.incarnation not in workers]
+            slots += sum(self.plan.slots_of(kid.index) for kid in unborn)
+        self._had_workers = self._had_workers or slots > 0
+        if slots >= self.plan.n_per_batch or not self._had_workers:
+            self._starving_since = None
+            return
+        self._starving_since = now if self._starving_since is None else self._starving_since
+        if now - self._starving_since >= self.plan.starve_timeout:
+            self.fail(
+                StarvationError(
+                    f"{slots} slots are alive, a batch needs {self.plan.n_per_batch}: for "
+                    f"{self.plan.starve_timeout:.0f} s now; workers lost so far: {_listed(self.losses) or 'none'}"
+                )
+            )
+
+    # ── what is to be done ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _do(self, commands: Iterable[s.Command | p.Command]) -> None:
+        """Carry out commands in their order, also those that follow from them."""
+        self._todo.extend(commands)
+        if self._busy:
+            return
+        self._busy = True
+        try:
+            while self._todo:
+                command = self._todo.popleft()
+                self._DO[type(command)](self, command)
+        finally:
+            self._busy = False
+
+    def _grant(self, c: s.Grant) -> None:
+        worker = self.peers.workers.get(c.incarnation)
+        if worker is not None:  # else it was lost since
+            self._to(worker.peer, m.Release(self.publisher.run_id, c.incarnation, c.slot, c.least_version))
+
+    def _form(self, c: s.FormBatch) -> None:
+        slots = [self._mapped[f.incarnation].slots[f.slot] for f in c.fragments]
+        metas = [FragmentMeta(f.version, f.worker, f.seq) for f in c.fragments]
+        self.feed.submit(c.batch_id, slots, metas)
+
+    def _note(self, c: s.Drop | s.Discard) -> None:
+        """The books have counted it."""
+
+    def _unmap(self, c: Unmap) -> None:
+        self._mapped.pop(c.incarnation).close()
+
+    def _send(self, c: p.Send) -> None:
+        if c.peer == p.OWN:
+            self._to_own_host(c.message)
+        else:
+            self._to(c.peer, c.message)
+
+    def _deliver(self, c: p.Deliver) -> None:
+        r = c.ready
+        committed = self.slots.counters["committed"]
+        self._do(self.scheduler.ready(r.incarnation, r.slot, r.seq, r.version))
+        if self.slots.counters["committed"] == committed:
+            return  # refused, and counted
+        times = self.times
+        times.env += r.env
+        times.actor += r.actor
+        times.write += r.write
+        times.reset += r.reset
+        times.total += r.total
+        times.n_env_steps += r.n_env_steps
+        self.waited += r.wait
+
+    def _inspect(self, c: p.Inspect) -> None:
+        attach = c.attach
+        try:
+            mapped = self._map(attach)
+        except _Refusal as no:
+            self._do(self.peers.refused(attach.incarnation, no.code, str(no)))
+            return
+        except Exception as error:  # no memory for the batches, a device that failed
+            self.fail(error)
+            return
+        accepted = self.peers.accepted(attach.incarnation, local=True)
+        if not accepted:
+            mapped.close()
+            return
+        self._mapped[attach.incarnation] = mapped
+        self._do(accepted)
+        index = self.peers.workers[attach.incarnation].index
+        self._do(self.scheduler.worker_attached(attach.incarnation, index, attach.n_slots))
+
+    def _map(self, attach: m.Attach) -> _Mapped:
+        """The ring of this Attach, if it is as it should be."""
+        spec = self._spec_of(attach)
+        n_slots = self.plan.slots_of(self.peers.workers[attach.incarnation].index)
+        if (attach.n_slots, attach.slot_nbytes) != (n_slots, spec.nbytes):
+            expected, found = (n_slots, spec.nbytes), (attach.n_slots, attach.slot_nbytes)
+            raise _Refusal("ring", f"slots and bytes of a slot: expected {expected}, found {found}")
+        address = MemoryAddress(attach.pid, attach.fd, attach.nbytes, attach.boot_id, attach.path)
+        most = n_slots * (self.plan.max_fragment_bytes + 4096) + 4096
+        try:
+            memory = Memory.attach(address, max_nbytes=most)
+        except SharedMemoryError as error:
+            raise _Refusal("remote_unsupported", f"the learner cannot open the ring: {error}") from None
+        try:
+            ring = Ring.over(
+                memory,
+                run_id=attach.run_id,
+                incarnation=attach.incarnation,
+                digest=attach.digest,
+                slot_nbytes=spec.nbytes,
+                n_slots=n_slots,
+            )
+        except SharedMemoryError as error:
+            memory.close()
+            raise _Refusal("ring", str(error)) from None
+        if self.spec is None:
+            self.feed.begin(spec)
+            self.spec = spec
+        return _Mapped(ring, spec, self.feed)
+
+    def _spec_of(self, attach: m.Attach) -> FragmentSpec:
+        """The specification of this Attach, if it is that of the run; the first one makes it."""
+        plan = self.plan
+        try:
+            spec = FragmentSpec.from_plain(attach.spec, most_nbytes=plan.max_fragment_bytes)
+        except RecordError as error:
+            raise _Refusal("spec", str(error)) from None
+        if spec.digest != attach.digest or (spec.n_steps, spec.n_columns) != (plan.n_steps, plan.n_columns):
+            raise _Refusal("spec", f"steps and columns: expected {(plan.n_steps, plan.n_columns)}, or another digest")
+        if self.spec is not None and self.spec.digest != spec.digest:
+            lines = self.spec.differences(spec)
+            raise _Refusal("spec", "fragments unlike those of this run:\n" + "\n".join(lines[:50]))
+        return spec
+
+    def _send_weights(self, c: p.SendWeights) -> None:
+        header, frames = self.publisher.answer(c.incarnation)
+        self._endpoint.send(c.peer, encode(header), *frames)
+
+    def _lost(self, c: p.Lost) -> None:
+        report = c.report
+        self.losses[c.reason] += 1
+        if report is not None and self._host is None and report.cause not in ("drained", "disconnected"):
+            logger.warning("worker %d is gone (%s): %s", c.worker, report.cause, m.printable(report.error))
+        self._do(self.scheduler.gone(c.incarnation, "gone", clean=c.clean))
+
+    def _host_lost(self, c: p.HostLost) -> None:
+        logger.info("host %s is gone: %s", m.printable(c.name), c.reason)
+
+    _DO: dict[type[Any], Callable[[Collator, Any], None]] = {  # noqa: RUF012 - never changed
+        s.Grant: _grant,
+        s.FormBatch: _form,
+        s.Drop: _note,
+        s.Discard: _note,
+        Unmap: _unmap,
+        p.Send: _send,
+        p.Deliver: _deliver,
+        p.Inspect: _inspect,
+        p.SendWeights: _send_weights,
+        p.Lost: _lost,
+        p.HostLost: _host_lost,
+    }
+
+    def _to(self, peer: bytes, message: m.Message) -> None:
+        if not self._endpoint.send(peer, encode(message)):
+            self._do(self.peers.unreachable(peer))
+
+    def _to_own_host(self, message: m.Message) -> None:
+        host = self._host
+        if host is None:
+            return
+        if isinstance(message, m.Welcome):
+            host.begin(
+                RunInfo(
+                    message.run_id,
+                    self.urls[0],
+                    message.index_base,
+                    self.publisher.board.address,
+                    self.publisher.digest,
+                    self.publisher.nbytes,
+                )
+            )
+        elif isinstance(message, m.Revoke):
+            host.revoke(message.worker, message.reason)
+        elif isinstance(message, m.Drain):
+            host.drain()
+
+    def _stats(self) -> dict[str, Any]:
+        slots, times = self.slots, self.times.as_dict()
+        feed = self.feed.stats
+        counters = {name: slots.counters[name] for name in ("granted", "committed", "consumed", "dropped", "lost")}
+        return {
+            "version": self.publisher.version,
+            "slots": {state.name.lower(): slots.totals[state] for state in SlotState if state is not SlotState.ENDED},
+            "fragments": {**counters, "in_flight": slots.in_flight},
+            "dropped": dict(slots.dropped),
+            "refused": {**slots.refused, **self.peers.counters, **({"odd": self._odd} if self._odd else {})},
+            "workers": len(list(slots.live())),
+            "hosts": len(self.peers.hosts),
+            "replaced": self._host.n_replaced if self._host is not None else 0,
+            "losses": dict(self.losses),
+            "env_steps": int(times.pop("n_env_steps")),
+            "seconds": {**times, "wait": self.waited, "copy": feed.copy_seconds},
+            "waiting_for": self.scheduler.waiting_for(),
+        }
+
+
+class _Refusal(Exception):
+    """An Attach is refused, with this code."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process as many open files as it may have: a worker takes several, and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _listed(counter: Counter[str]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counter.most_common())

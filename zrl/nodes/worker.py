@@ -1,0 +1,338 @@
+"""A worker: steps B environments with its own copy of the actor, one fragment after the other. One thread, one loop.
+
+    Hello ─► Welcome ─► newest weights ─► environments, actor, layout ─► ring ─► Attach ─► Attached
+    then, for each Release(slot, least version):
+        adopt the newest weights ─► collect() straight into the slot ─► Ready(slot)
+
+Its incarnation lasts as long as its connection. What ends it, and how its host hears of that:
+
+===============================  ======================================================
+Drain                            status 0, after the fragment in hand, Bye and ByeAck
+connection lost, HelloAgain      status `CONNECTION_ENDED`: its host starts another
+an exception                     status 1, the traceback through the zygote's pipe; the
+                                 column of the environment to blame on the page
+the host's or the zygote's end   SIGKILL from the kernel
+===============================  ======================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+
+from zrl.collect.actor import BaseActorModule
+from zrl.collect.build import CollectOptions, build
+from zrl.collect.collect import Context, collect
+from zrl.collect.debug import check_forward
+from zrl.collect.spaces import Factory
+from zrl.data.board import Board
+from zrl.data.fragment import Slot
+from zrl.data.memory import MemoryAddress, boot_id
+from zrl.data.ring import Ring
+from zrl.data.spec import FragmentSpec
+from zrl.data.weights import WeightsPacker
+from zrl.errors import EnvError, ProcessError
+from zrl.net.link import Link, LinkLost
+from zrl.nodes.page import Page, Phase
+from zrl.nodes.pipe import CONNECTION_ENDED
+from zrl.protocol import messages as m
+
+HELLO_AGAIN = 1.0  # seconds without an answer after which Hello is sent again
+START_TIMEOUT = 60.0  # seconds for an answer of any kind; the host's own limit on the start is the other bound
+BYE_TIMEOUT = 2.0  # seconds for the ByeAck
+ADOPT_POLL = 0.005  # seconds between two looks at the board, while the weights that a grant calls for are on their way
+M = TypeVar("M", bound=m.Message)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the workers of a host are made of. Travels once, through the zygote, never through a socket.
+
+    Attributes:
+        factory: makes one environment.
+        actor: the copy that acts, in its mode; its weights are replaced before the first step.
+        info_keys: as for `zrl.rollout.multi.rollout`; None: the names in the Welcome.
+        device: of the actor.
+        debug: see `CollectOptions`.
+        close: whether to close the environments at the end.
+    """
+
+    factory: Factory
+    actor: BaseActorModule
+    info_keys: Mapping[str, Any] | Iterable[str] | None = None
+    device: str = "cpu"
+    debug: bool = False
+    close: bool = True
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """Who a worker is, and where it finds what it shares with its host and with the learner: plain values.
+
+    Attributes:
+        url: of the learner's ROUTER.
+        board_digest, board_nbytes: of the weights' manifest.
+        env, actor: their names, where the host was given no more.
+    """
+
+    url: str
+    name: str
+    run_id: bytes
+    host: bytes
+    incarnation: bytes
+    index: int
+    generation: int
+    page: MemoryAddress
+    board: MemoryAddress
+    board_digest: bytes
+    board_nbytes: int
+    env: str = ""
+    actor: str = ""
+
+
+def main(recipe: Recipe, job: WorkerJob) -> None:
+    """The life of a worker whose host gave it factory and actor."""
+    live(job, lambda welcome: recipe)
+
+
+def live(job: WorkerJob, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
+    """The life of a worker, from its Hello to its end.
+
+    Raises:
+        RecordError, WeightsError, SharedMemoryError: environment, actor or memory will not do.
+        ProcessError: the learner refused this worker.
+        SystemExit: the connection ended.
+    """
+    with contextlib.ExitStack() as opened:
+        page = opened.enter_context(Page.attach(job.page, job.incarnation))
+        link = Link(job.url)
+        opened.callback(link.close)
+        try:
+            _Worker(job, page, link, opened).run(recipe_of)
+        except LinkLost as lost:
+            _end_connection(str(lost))
+        except EnvError as error:
+            page.blame(error.env_index)
+            raise
+
+
+def _end_connection(why: str) -> NoReturn:
+    print(f"{why}: this worker ends, its host starts another", file=sys.stderr)
+    raise SystemExit(CONNECTION_ENDED)
+
+
+class _Worker:
+    """What a worker has in hand. `opened` closes what is opened on the way."""
+
+    def __init__(self, job: WorkerJob, page: Page, link: Link, opened: contextlib.ExitStack) -> None:
+        self.job, self.page, self.link = job, page, link
+        self._opened = opened
+        self._grants: deque[m.Release] = deque()
+        self._draining = False
+        self._version = 0
+        self._seq = 0
+
+    def run(self, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
+        """Until the end."""
+        welcome = self._hello()
+        recipe = recipe_of(welcome)
+        self._open_board(recipe.actor)
+        self._adopt(1)
+        ctx = build(recipe.factory, recipe.actor.to(recipe.device), _options(recipe, welcome, self.job))
+        if recipe.close:
+            self._opened.callback(ctx.columns.close)
+        ctx.columns.calls = self.page.calls
+        slots = self._attach(ctx.spec, welcome.n_slots)
+        while (grant := self._next_grant(ctx)) is not None:
+            self._deliver(ctx, slots[grant.slot], grant, debug=recipe.debug)
+        self._leave()
+
+    # ── the start ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hello(self) -> m.Welcome:
+        job = self.job
+        hello = m.Hello(
+            job.run_id,
+            job.incarnation,
+            protocol=m.PROTOCOL_VERSION,
+            role="worker",
+            name=job.name,
+            versions=(f"python {sys.version_info[0]}.{sys.version_info[1]}", f"torch {torch.__version__}"),
+            pid=os.getpid(),
+            boot_id=boot_id(),
+            host=job.host,
+            index=job.index,
+            generation=job.generation,
+            count=0,
+        )
+        deadline, delay = time.monotonic() + START_TIMEOUT, 0.5
+        while time.monotonic() < deadline:
+            self.link.send(hello)
+            answer = self._answer(m.Welcome, HELLO_AGAIN)
+            if isinstance(answer, m.Welcome):
+                return answer
+            if isinstance(answer, m.Reject):
+                time.sleep(delay)  # its predecessor's end, or its host's Welcome, is still on its way
+                delay = min(2 * delay, 5.0)
+        raise LinkLost(f"no Welcome within {START_TIMEOUT:.0f} s")
+
+    def _attach(self, spec: FragmentSpec, n_slots: int) -> list[Slot]:
+        """The slots of the new ring, accepted by the learner."""
+        job, digest = self.job, spec.digest
+        ring = Ring.create(spec.nbytes, n_slots, run_id=job.run_id, incarnation=job.incarnation, digest=digest)
+        self._opened.callback(ring.close)
+        at = ring.address
+        self.link.send(
+            m.Attach(
+                job.run_id,
+                job.incarnation,
+                spec=spec.to_plain(),
+                digest=digest,
+                n_slots=n_slots,
+                slot_nbytes=spec.nbytes,
+                pid=at.pid,
+                fd=at.fd,
+                nbytes=at.nbytes,
+                boot_id=at.boot_id,
+                path=at.path,
+            )
+        )
+        answer = self._answer(m.Attached, START_TIMEOUT)
+        if answer is None:
+            raise LinkLost(f"no answer to Attach within {START_TIMEOUT:.0f} s")
+        ring.memory.unlink()
+        return [Slot(spec, ring.slot(k)) for k in range(n_slots)]
+
+    def _answer(self, kind: type[M], timeout: float) -> M | m.Reject | None:
+        """What the learner says to Hello or Attach; a Reject that is worth trying again comes back, another raises."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            message = self.link.receive(left)
+            if isinstance(message, m.Reject) and not message.retry:
+                if message.code == "draining":
+                    raise LinkLost("the run is about to end")
+                raise ProcessError(f"the learner refused this worker ({message.code}): {message.text}")
+            if isinstance(message, (kind, m.Reject)):
+                return message
+            if message is not None:
+                self._take(message)
+        return None
+
+    # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _next_grant(self, ctx: Context) -> m.Release | None:
+        """The oldest Release that is not yet worked off; waits for it. None: the run ends."""
+        started = time.perf_counter()
+        if not self._grants:
+            self.page.enter(Phase.WAIT)
+        while (message := self.link.receive(None if not (self._grants or self._draining) else 0.0)) is not None:
+            self._take(message)
+        self._waited = time.perf_counter() - started
+        return None if self._draining else self._grants.popleft()
+
+    def _take(self, message: m.Message) -> None:
+        """A message that nobody waits for in particular; of another incarnation, it is ignored."""
+        job = self.job
+        if (message.run_id, message.incarnation) != (job.run_id, job.incarnation):
+            if isinstance(message, m.HelloAgain):
+                raise LinkLost("the learner is another run")
+        elif isinstance(message, m.Release):
+            self.page.count_release()
+            self._grants.append(message)
+        elif isinstance(message, m.Drain):
+            self._draining = True
+        elif isinstance(message, m.HelloAgain):
+            raise LinkLost("the learner does not know this worker any more")
+
+    def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, *, debug: bool) -> None:
+        self._adopt(grant.least_version)
+        self.page.enter(Phase.COLLECT)
+        if debug:
+            slot.poison()
+        ctx.times.clear()
+        collect(ctx, slot)
+        if debug:
+            check_forward(ctx, slot)
+        times = ctx.times
+        self._seq += 1
+        self.link.send(
+            m.Ready(
+                self.job.run_id,
+                self.job.incarnation,
+                slot=grant.slot,
+                seq=self._seq,
+                version=self._version,
+                env=times.env,
+                actor=times.actor,
+                write=times.write,
+                reset=times.reset,
+                wait=self._waited,
+                total=times.total,
+                n_env_steps=times.n_env_steps,
+            )
+        )
+        self.page.set_sent(self._seq)
+
+    # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _open_board(self, actor: BaseActorModule) -> None:
+        job = self.job
+        self._packer = WeightsPacker(actor)
+        manifest = self._packer.manifest
+        if (manifest.digest, manifest.nbytes) != (job.board_digest, job.board_nbytes):
+            raise ProcessError(
+                f"the actor of this worker has {manifest.nbytes} bytes of weights, the learner's {job.board_nbytes}, "
+                "or other names, dtypes or shapes: both machines need the same version of the code"
+            )
+        self._board = Board.attach(job.board, run_id=job.run_id, digest=job.board_digest, nbytes=job.board_nbytes)
+        self._opened.callback(self._board.close)
+        self._flat = np.empty(job.board_nbytes, np.uint8)
+
+    def _adopt(self, least: int) -> None:
+        """Take the newest weights over; wait only while all that can be had is older than `least`."""
+        while True:
+            version = self._board.read(self._flat, self._version)
+            if version is not None and version > self._version:
+                self._packer.unpack(self._flat)
+                self._version = version
+            if self._version >= least or self._draining:
+                return
+            self.page.enter(Phase.ADOPT)
+            message = self.link.receive(ADOPT_POLL)
+            if message is not None:
+                self._take(message)
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _leave(self) -> None:
+        self.page.enter(Phase.DRAIN)
+        self.link.send(m.Bye(self.job.run_id, self.job.incarnation))
+        deadline = time.monotonic() + BYE_TIMEOUT
+        with contextlib.suppress(LinkLost):  # it may have closed right after its answer
+            while (left := deadline - time.monotonic()) > 0:
+                if isinstance(self.link.receive(left), m.ByeAck):
+                    return
+
+
+def _options(recipe: Recipe, welcome: m.Welcome, job: WorkerJob) -> CollectOptions:
+    return CollectOptions(
+        n_steps=welcome.n_steps,
+        n_columns=welcome.n_columns,
+        sticky=welcome.sticky,
+        keep_final_obs=welcome.keep_final_obs,
+        info_keys=recipe.info_keys if recipe.info_keys is not None else (welcome.info_keys or None),
+        entropy=int.from_bytes(welcome.entropy, "big"),
+        index=job.index,
+        generation=job.generation,
+        device=torch.device(recipe.device),
+        debug=recipe.debug,
+    )

@@ -1,0 +1,169 @@
+"""The workers' loop in this process, one worker after the other: for debuggers, which do not look into processes."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from zrl.collect.build import CollectOptions, build
+from zrl.collect.collect import Context, collect
+from zrl.collect.debug import check_forward
+from zrl.collect.spaces import Factory, describe
+from zrl.data.batch import Batch, FragmentMeta
+from zrl.data.fragment import Record, Slot
+from zrl.data.weights import WeightsPacker
+from zrl.errors import ClosedError
+from zrl.nodes.buffers import HostBuffers
+from zrl.rollout.aging import Aging
+from zrl.rollout.same import private_copy
+
+if TYPE_CHECKING:
+    from zrl.rollout.local import LocalOptions
+
+
+class InlineRollout:
+    """An iterator over batches as worker processes with ``max_lag=0`` make them, number for number, if `n_per_batch` is
+    a multiple of the number of workers; and a context manager that closes it. Exceptions come as they are.
+
+    Attributes:
+        entropy: the seed of the run.
+        version: of the weights that act: 1 at first, one more with each publish.
+    """
+
+    def __init__(
+        self,
+        factory: Factory,
+        actor: torch.nn.Module,
+        o: LocalOptions,
+        *,
+        entropy: int,
+        act_on: torch.device,
+        to: torch.device,
+    ) -> None:
+        self.entropy = entropy
+        self.version = 1
+        self._options, self._to = o, to
+        self._learner = WeightsPacker(actor)
+        self._flat = np.empty(self._learner.manifest.nbytes, np.uint8)
+        self._acting: list[WeightsPacker] = []
+        self._contexts: list[Context] = []
+        self._seqs = [0] * o.n_actors
+        self._n_yielded = self._n_made = 0
+        self._interrupted: Context | None = None
+        self._aging = Aging() if o.debug else None
+        self._closed = ""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            for index in range(o.n_actors):
+                acting = private_copy(actor, act_on, o.worker_mode)
+                self._contexts.append(build(factory, acting, self._collect_options(index, act_on)))
+                self._acting.append(WeightsPacker(acting))
+            spec = self._contexts[0].spec
+            self._slots = [Slot(spec) for _ in range(o.n_per_batch)]
+            self._buffers = HostBuffers(spec, o.n_per_batch)
+            undo.pop_all()
+
+    def _collect_options(self, index: int, device: torch.device) -> CollectOptions:
+        o = self._options
+        return CollectOptions(
+            n_steps=o.n_steps,
+            n_columns=o.n_per_actor,
+            sticky=o.sticky,
+            keep_final_obs=o.keep_final_obs,
+            info_keys=o.info_keys,
+            entropy=self.entropy,
+            index=index,
+            device=device,
+            debug=o.debug,
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            EnvError, ActorError: collecting failed; the collector is closed then.
+            ClosedError: it was closed before.
+        """
+        self._check_open()
+        try:
+            if self._n_yielded and self._options.auto_publish:
+                self.publish()
+            with torch.inference_mode(False):  # the user may be inside of it
+                batch = self._batch()
+        except Exception as e:
+            self.close()
+            self._closed = f" after {describe(e)}"
+            raise
+        self._n_yielded += 1
+        return self._aging(batch) if self._aging is not None else batch
+
+    def _batch(self) -> Batch:
+        metas = []
+        for place, slot in enumerate(self._slots):
+            worker = place % len(self._contexts)
+            self._collect(self._contexts[worker], slot)
+            self._seqs[worker] += 1
+            metas.append(FragmentMeta(self.version, worker, self._seqs[worker]))
+        k = self._n_made % self._buffers.n_buffers
+        self._n_made += 1
+        self._buffers.fill(k, self._slots)
+        batch = Batch.of_record(Record.of(self._slots[0].spec, self._buffers.leaves(k)), tuple(metas), self.version)
+        return batch if self._to.type == "cpu" else batch.to(self._to)
+
+    def _collect(self, ctx: Context, slot: Slot) -> None:
+        if self._interrupted is ctx:
+            ctx.restart()
+        self._interrupted = ctx
+        collect(ctx, slot)
+        if self._options.debug:
+            check_forward(ctx, slot)
+        self._interrupted = None
+
+    def publish(self) -> int:
+        """Let the weights of the learner act from the next fragment on; returns their version."""
+        self._check_open()
+        self._learner.pack(self._flat)
+        for acting in self._acting:
+            acting.unpack(self._flat)
+        self.version += 1
+        return self.version
+
+    def stats(self) -> dict[str, Any]:
+        """Counters so far, under the names that `zrl.rollout.pipeline.PipelineRollout.stats` has for them."""
+        times = [ctx.times.as_dict() for ctx in self._contexts]
+        total = {name: sum(t[name] for t in times) for name in times[0]} if times else {"n_env_steps": 0}
+        n = sum(self._seqs)
+        return {
+            "version": self.version,
+            "batches": self._n_yielded,
+            "fragments": {"granted": n, "committed": n, "consumed": n, "dropped": 0, "lost": 0, "in_flight": 0},
+            "workers": len(self._contexts),
+            "env_steps": int(total.pop("n_env_steps")),
+            "seconds": total,
+        }
+
+    def close(self) -> None:
+        """Close the environments, unless ``close=False`` was given. Batches already yielded stay as they are."""
+        self._closed = self._closed or " "
+        if self._options.close:
+            with contextlib.ExitStack() as every:
+                for ctx in self._contexts:
+                    every.callback(ctx.columns.close)
+        self._contexts.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"this collector was closed{self._closed.rstrip()}; make a new one")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
