@@ -98,15 +98,19 @@ class WorkerError(ZrlError):
         worker: index of the worker.
         env_index: column of the environment that is to blame; -1 where none is.
         remote_traceback: of the exception in the worker, as text; empty where there was none.
+        at_start: whether it failed before its first fragment.
     """
 
-    def __init__(self, what: str, *, worker: int, env_index: int = -1, remote_traceback: str = "") -> None:
+    def __init__(
+        self, what: str, *, worker: int, env_index: int = -1, remote_traceback: str = "", at_start: bool = False
+    ) -> None:
         where = f"worker {worker}" + (f", environment {env_index}" if env_index >= 0 else "")
         trace = f"\n\nin the worker:\n{remote_traceback.rstrip()}" if remote_traceback else ""
         super().__init__(f"{where}: {what}{trace}")
         self.worker = worker
         self.env_index = env_index
         self.remote_traceback = remote_traceback
+        self.at_start = at_start
 
 
 class StarvationError(ZrlError):

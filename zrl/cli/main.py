@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import click
 import zrl
 from zrl.cli.options import config_options
 from zrl.cli.progress import reporter
+from zrl.cli.worker import worker_command
 from zrl.config import TrainConfig
-from zrl.errors import ConfigError, ZrlError
+from zrl.errors import ConfigError, StarvationError, WorkerError, ZrlError
 from zrl.train.loop import PreflightError, Result, evaluate_run, train
+from zrl.train.rollouts import Rollout
 from zrl.train.run_folder import RunFolder
 from zrl.train.stop import Stopped, StopSignals
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PREFLIGHT = 1, 2, 5
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_WORKERS, EXIT_PREFLIGHT = 1, 2, 4, 5
 
 
 class Failure(click.ClickException):
@@ -36,32 +38,67 @@ class Failure(click.ClickException):
 def main() -> None:
     """Collect reinforcement learning rollouts, and train with them.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 5 environment, actor or machine refused before the first step, 130 or 143
-    stopped by SIGINT or SIGTERM; a checkpoint is saved, if there was an update.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 learner lost (worker), 4 too few workers left, 5 environment, actor or
+    machine refused before the first step, 130 or 143 stopped by SIGINT or SIGTERM; a checkpoint is saved, if there was
+    an update.
     """
+
+
+Command = Callable[..., None]
+
+
+def run_options(command: Command) -> Command:
+    """What `zrl train` and `zrl learner` have in common."""
+    for add in (
+        click.option("--require-goal", is_flag=True, help="exit with 1 if --stop-at-return was not reached"),
+        click.option(
+            "--eval-episodes", type=click.IntRange(0), default=20, show_default=True, help="greedy episodes at the end"
+        ),
+        config_options(TrainConfig, skip=("env",)),
+        click.argument("env"),
+    ):
+        command = add(command)
+    return command
 
 
 @main.command("train")
-@click.argument("env")
-@config_options(TrainConfig, skip=("env",))
-@click.option(
-    "--eval-episodes", type=click.IntRange(0), default=20, show_default=True, help="greedy episodes at the end"
-)
-@click.option("--require-goal", is_flag=True, help="exit with 1 if --stop-at-return was not reached")
-def train_command(env: str, eval_episodes: int, require_goal: bool, **settings: Any) -> None:
-    """Train an actor in ENV, a Gymnasium id such as CartPole-v1.
+@run_options
+def train_command(**options: Any) -> None:
+    """Train an actor in ENV, a Gymnasium id such as CartPole-v1, with worker processes on this machine.
 
     The first Ctrl-C saves a checkpoint and stops, the second one kills.
     """
+    _train(**options)
+
+
+@main.command("learner")
+@run_options
+@click.option(
+    "--bind",
+    default="tcp://127.0.0.1:5555",
+    show_default=True,
+    help="where workers connect to: tcp://127.0.0.1:PORT (and the next port), or ipc:///path/to.sock",
+)
+def learner_command(bind: str, **options: Any) -> None:
+    """Train an actor in ENV with the workers that `zrl worker` processes bring; prints how to start them.
+
+    --workers says how many are expected: each makes one fragment of a batch.
+    """
+    _train(listen=bind, **options)
+
+
+def _train(env: str, eval_episodes: int, require_goal: bool, listen: str = "", **settings: Any) -> None:
     try:
         config = TrainConfig(env=env, **{name: x for name, x in settings.items() if x is not None})
+        if listen and not config.workers:
+            raise ConfigError("--workers: expected how many workers make a batch, at least 1, not 0")
     except ConfigError as e:
         raise Failure(str(e), EXIT_USAGE) from e
     if require_goal and config.stop_at_return is None:
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
     with _failures() as signals:
         with reporter(config.steps) as report:
-            result = train(config, report.start, report.update, signals)
+            result = train(config, report.start, report.update, signals, listen, _print_how_to_connect)
         _print_result(result)
         if eval_episodes and not result.outcome.startswith("SIG"):
             with signals.interruptible():
@@ -70,6 +107,13 @@ def train_command(env: str, eval_episodes: int, require_goal: bool, **settings: 
         raise SystemExit(128 + signal.Signals[result.outcome])
     if require_goal and result.outcome != "goal":
         raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
+
+
+def _print_how_to_connect(rollout: Rollout) -> None:
+    urls = getattr(rollout, "urls", [])
+    click.echo("start workers with:")
+    for url in urls:
+        click.echo(f"  zrl worker --connect {url} --count N")
 
 
 @contextlib.contextmanager
@@ -84,6 +128,8 @@ def _failures() -> Iterator[StopSignals]:
         raise Failure(str(e), EXIT_PREFLIGHT) from e
     except ConfigError as e:
         raise Failure(str(e), EXIT_USAGE) from e
+    except (WorkerError, StarvationError) as e:
+        raise Failure(str(e), EXIT_NO_WORKERS) from e
     except ZrlError as e:
         raise Failure(str(e), EXIT_FAILED) from e
 
@@ -117,3 +163,6 @@ def eval_command(run: Path, episodes: int, seed: int) -> None:
     """Play the newest checkpoint of the run folder RUN greedily, and print mean and minimum of the returns."""
     with _failures() as signals, signals.interruptible():
         _print_evaluation(RunFolder.open(run), episodes, seed)
+
+
+main.add_command(worker_command)

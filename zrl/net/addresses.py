@@ -83,15 +83,25 @@ def _answers(path: Path) -> bool:
     return True
 
 
+def is_loopback(url: str) -> bool:
+    """Whether what is at `url` is on this machine."""
+    if url.startswith("ipc://"):
+        return True
+    host = url.removeprefix("tcp://").rpartition(":")[0]
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name
+        return False
+
+
 def _check_loopback(url: str) -> None:
     host = url.removeprefix("tcp://").rpartition(":")[0]
-    if host == "localhost":
-        return
     try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+        if host != "localhost":
+            ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         raise ConfigError(f"{url}: expected tcp://127.0.0.1:PORT, tcp://[::1]:PORT or tcp://localhost:PORT") from None
-    if not loopback:
+    if not is_loopback(url):
         raise ConfigError(
             f"{url}: not a loopback address. Other machines could connect unencrypted and unasked: that needs "
             "--keys DIR (CURVE), or --insecure to go without; both are a later feature. Bind tcp://127.0.0.1:PORT"

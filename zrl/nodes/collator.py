@@ -124,18 +124,18 @@ class Collator:
     Args:
         plan: the run.
         publisher: closed by its owner, after `close`.
-        run_dir: folder of the run's sockets, 0700.
+        run_dir: folder for a socket of our own, 0700; None: only `plan.bind`.
         device: of the batches.
         own: the learner's own workers, if it has any. Their zygote is closed here.
 
     Attributes:
         feed: where the batches come out.
-        urls: of the ROUTER, the one in `run_dir` first; after `start`.
+        urls: of the ROUTER, that in `run_dir` first; after `start`.
         slots: the books; `slots.newest` is set by the user's thread before it publishes.
     """
 
     def __init__(
-        self, plan: Plan, publisher: Publisher, run_dir: Path, device: torch.device, own: OwnHost | None
+        self, plan: Plan, publisher: Publisher, run_dir: Path | None, device: torch.device, own: OwnHost | None
     ) -> None:
         self.plan = plan
         self.publisher = publisher
@@ -245,11 +245,11 @@ class Collator:
         self._router, self._pub = make_router(context), make_pub(context)
         opened.callback(self._pub.close)
         opened.callback(self._router.close)
-        own_url = f"ipc://{self._run_dir}/learner.sock"
-        for url in (own_url, *self.plan.bind):
+        own_urls = [] if self._run_dir is None else [f"ipc://{self._run_dir}/learner.sock"]
+        for url in (*own_urls, *self.plan.bind):
             bound = bind(self._router, url)
             self.urls.append(bound)
-            self.pub_urls.append(bind(self._pub, pub_url(bound)))
+            self.pub_urls.append(bind(self._pub, pub_url(url if url.endswith(":*") else bound)))
         opened.callback(self._unmap_all)
         self.peers = p.Peers(self._welcome(), boot_id=boot_id(), slots_of=self.plan.slots_of)
         self._endpoint = Endpoint(self._router, self._loop, self._on_message)
@@ -363,23 +363,25 @@ class Collator:
     def _check_starvation(self, now: float) -> None:
         """Too few slots for a batch, counting those of workers that are being built."""
         workers = self.peers.workers
-        slots = sum(len(ring.states) for ring in self.slots.live())
-        slots += sum(
-            self.plan.slots_of(w.index) for w in workers.values() if w.state in (State.WELCOMED, State.ATTACHING)
-        )
+        building = [w.index for w in workers.values() if w.state in (State.WELCOMED, State.ATTACHING)]
         if self._host is not None:
-            unborn = [kid for kid in self._host.kids.values() if kid.incarnation not in workers]
-            slots += sum(self.plan.slots_of(kid.index) for kid in unborn)
+            building += [kid.index for kid in self._host.kids.values() if kid.incarnation not in workers]
+        rings = [len(ring.states) for ring in self.slots.live()]
+        alive = len(rings) + len(building)
+        slots = sum(rings) + sum(self.plan.slots_of(index) for index in building)
         self._had_workers = self._had_workers or slots > 0
-        if slots >= self.plan.n_per_batch or not self._had_workers:
+        enough = slots >= self.plan.n_per_batch
+        if self.plan.max_lag == 0:  # every worker has its places in every batch
+            enough = enough and alive >= self.plan.n_workers
+        if enough or not self._had_workers:
             self._starving_since = None
             return
         self._starving_since = now if self._starving_since is None else self._starving_since
         if now - self._starving_since >= self.plan.starve_timeout:
             self.fail(
                 StarvationError(
-                    f"{slots} slots are alive, a batch needs {self.plan.n_per_batch}: for "
-                    f"{self.plan.starve_timeout:.0f} s now; workers lost so far: {_listed(self.losses) or 'none'}"
+                    f"{alive} workers with {slots} slots are alive, for {self.plan.starve_timeout:.0f} s now; a batch "
+                    f"needs {self.plan.n_per_batch} slots; workers lost so far: {_listed(self.losses) or 'none'}"
                 )
             )
 

@@ -74,8 +74,6 @@ class RunInfo:
     board: MemoryAddress
     board_digest: bytes
     board_nbytes: int
-    env: str = ""
-    actor: str = ""
 
 
 @dataclass
@@ -184,8 +182,9 @@ class Host:
                 self._zygote.terminate(kid.child)
 
     def end(self) -> None:
-        """Kill all workers; replace nobody."""
+        """Kill all workers, whose run is over: nobody wants to hear of it. Replace nobody."""
         self._no_more()
+        self._run = None
         for kid in self.kids.values():
             self._zygote.kill(kid.child)
 
@@ -242,8 +241,6 @@ class Host:
             board=run.board,
             board_digest=run.board_digest,
             board_nbytes=run.board_nbytes,
-            env=run.env,
-            actor=run.actor,
         )
         try:
             child = self._zygote.fork(name, (job,))
@@ -364,6 +361,7 @@ class Host:
             worker=kid.index,
             env_index=gone.env_index,
             remote_traceback=gone.traceback,
+            at_start=kid.index not in self._proven,
         )
 
     def _forget(self, kid: Kid) -> None:

@@ -81,7 +81,6 @@ class WorkerJob:
     Attributes:
         url: of the learner's ROUTER.
         board_digest, board_nbytes: of the weights' manifest.
-        env, actor: their names, where the host was given no more.
     """
 
     url: str
@@ -95,8 +94,6 @@ class WorkerJob:
     board: MemoryAddress
     board_digest: bytes
     board_nbytes: int
-    env: str = ""
-    actor: str = ""
 
 
 def main(recipe: Recipe, job: WorkerJob) -> None:

@@ -177,6 +177,8 @@ class Scheduler:
         rings = list(self.slots.live())
         ready, granted = len(self._queue), self.slots.totals[Slot.WORKER]
         slots = sum(len(ring.states) for ring in rings)
+        if not rings:
+            return "no worker has its environments ready"
         return (
             f"{ready} of {self.n_per_batch} fragments ready, {granted} with {len(rings)} workers, {slots} slots alive"
         )

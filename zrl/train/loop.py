@@ -21,12 +21,14 @@ from zrl.collect.actor import BaseActorModule
 from zrl.collect.evaluate import evaluate
 from zrl.config import TrainConfig
 from zrl.data.batch import Batch
-from zrl.errors import CheckpointError, ConfigError, ZrlError
-from zrl.rollout import same
+from zrl.errors import CheckpointError, ConfigError, WorkerError, ZrlError
+from zrl.rollout.same import usable_device
 from zrl.train import checkpoint
+from zrl.train.named import EnvFactory
 from zrl.train.plot import plot_return
+from zrl.train.rollouts import Rollout, make_rollout
 from zrl.train.run_folder import RunFolder
-from zrl.train.setup import EnvFactory, make_actor, make_optimizer, make_update
+from zrl.train.setup import make_actor, make_optimizer, make_update
 from zrl.train.stop import Stopped, StopSignals
 
 WINDOW = 100  # episodes that the goal is measured over
@@ -42,7 +44,7 @@ class Status:
         return_100: mean return of the last 100 finished episodes; None before there were as many.
         return_update, length_update: means over the episodes that ended in this update's batch; None without any.
         losses: what the losses report.
-        shares: share of the time by stage of collecting, and ``learn``.
+        shares: share of the time by stage of collecting, mean over the workers, and of ``learn``.
     """
 
     step: int
@@ -83,6 +85,8 @@ def train(
     on_start: Callable[[TrainConfig, RunFolder], None] = lambda config, run: None,
     on_update: Callable[[Status], None] = lambda status: None,
     signals: StopSignals | None = None,
+    listen: str = "",
+    on_listen: Callable[[Rollout], None] = lambda rollout: None,
 ) -> Result:
     """Train until the goal, the last step, or SIGINT or SIGTERM.
 
@@ -94,9 +98,12 @@ def train(
         on_start: called once with the resolved config and the new run folder.
         on_update: called after every update.
         signals: entered already; if None, signals are handled here, while this runs.
+        listen: URL to which workers of other hosts connect; empty: workers of our own.
+        on_listen: called once when they may.
 
     Raises:
         PreflightError: environment, actor, device or folder were refused before the first step.
+        WorkerError, StarvationError: too few workers are left.
         ZrlError: collecting or saving failed later.
         Stopped: a signal came before the first step.
     """
@@ -106,40 +113,47 @@ def train(
         signals = opened.enter_context(StopSignals()) if signals is None else signals
         try:
             with signals.interruptible():
-                run = _Run(config, opened, signals)
+                run = _Run(config, signals)
+                if not config.workers and not listen:
+                    run.collect_with(opened.enter_context(make_rollout(config, run.actor)))
             folder = RunFolder.create(config)
+            if config.workers or listen:  # their logs go into the folder
+                with signals.interruptible():
+                    run.collect_with(opened.enter_context(make_rollout(config, run.actor, folder, listen)))
         except ZrlError as e:
             raise PreflightError(str(e)) from e
         on_start(config, folder)
-        return run.train(folder, on_update)
+        if listen:
+            on_listen(run.rollout)
+        try:
+            return run.train(folder, on_update)
+        except WorkerError as e:
+            if e.at_start:
+                raise PreflightError(str(e)) from e
+            raise
 
 
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, config: TrainConfig, opened: contextlib.ExitStack, signals: StopSignals) -> None:
+    rollout: Rollout
+
+    def __init__(self, config: TrainConfig, signals: StopSignals) -> None:
         self.config = config
         self.signals = signals
         assert config.seed is not None
-        assert config.n_steps is not None
         seed_everything(config.seed)
-        self.actor = make_actor(config).to(same.usable_device(config.device))
+        self.actor = make_actor(config).to(usable_device(config.device))
         self.optimizer = make_optimizer(config, self.actor)
         self.update = make_update(config, self.actor, self.optimizer, signals.check)
-        self.rollout = opened.enter_context(
-            same.rollout(
-                EnvFactory(config.env),
-                self.actor,
-                config.n_steps,
-                config.n_envs,
-                entropy=config.seed,
-                device=config.device,
-            )
-        )
         self.step = self.n_updates = self.n_episodes = 0
         self.returns: collections.deque[float] = collections.deque(maxlen=WINDOW)
         self.learn_seconds = 0.0
         self.status: Status | None = None
+
+    def collect_with(self, rollout: Rollout) -> None:
+        """Where the batches come from."""
+        self.rollout = rollout
 
     def train(self, run: RunFolder, on_update: Callable[[Status], None]) -> Result:
         self.started = time.monotonic()
@@ -201,7 +215,10 @@ class _Run:
     def _status(self, batch: Batch) -> Status:
         seconds = time.monotonic() - self.started
         spent = self.rollout.stats()["seconds"]
-        shares = {name: spent[name] / seconds for name in ("env", "actor", "write", "reset")}
+        shares = {
+            name: spent.get(name, 0.0) / seconds / max(1, self.config.workers)
+            for name in ("env", "actor", "write", "reset")
+        }
         ended = batch.episodes
         return Status(
             step=self.step,

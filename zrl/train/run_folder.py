@@ -1,4 +1,4 @@
-"""The folder of one run: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``plots/``."""
+"""The folder of one run: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``plots/``, ``workers/``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ class RunFolder:
     """Paths and files of a run.
 
     Attributes:
-        path: the folder; its `checkpoints` and `plots` exist.
+        path: the folder; its `checkpoints` and `plots` exist; `workers` is made by whoever has logs for it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
+        self.workers = path / "workers"
 
     @classmethod
     def create(cls, config: TrainConfig) -> RunFolder:

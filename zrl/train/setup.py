@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium as gym
 import optree
 import torch
 
-from zrl import algo, zoo
+from zrl import algo
 from zrl.collect.actor import BaseActorModule
-from zrl.collect.spaces import describe
 from zrl.config import TrainConfig
 from zrl.data.batch import Batch
-from zrl.errors import EnvError
+from zrl.train.named import Allowed, EnvFactory, make_named_actor
 
 Update = Callable[[Batch], dict[str, float]]
 
 
-@dataclasses.dataclass(frozen=True)
-class EnvFactory:
-    """Makes a registered environment. Plain data, so that it may travel to other processes.
-
-    Raises:
-        EnvError: Gymnasium cannot make it.
-    """
-
-    env_id: str
-
-    def __call__(self) -> gym.Env[Any, Any]:
-        try:
-            # the checker costs a third of a CartPole step, and what it checks the recorder checks as well
-            return gym.make(self.env_id, disable_env_checker=True)
-        except Exception as e:
-            hint = "" if not isinstance(e, gym.error.UnregisteredEnv) else "; list ids with gymnasium.pprint_registry()"
-            raise EnvError(
-                f"Gymnasium cannot make {self.env_id!r} ({describe(e)}){hint}", env_index=-1, phase="factory"
-            ) from e
-
-
 def make_actor(config: TrainConfig) -> BaseActorModule:
-    """The default actor for the environment's spaces.
+    """The learner's actor.
 
     Raises:
-        EnvError, ActorError: the environment cannot be made, or its spaces have no default actor.
+        ConfigError, EnvError, ActorError: environment or actor cannot be made.
     """
-    env = EnvFactory(config.env)()
-    try:
-        return zoo.default_actor(env.observation_space, env.action_space)
-    finally:
-        env.close()
+    return make_named_actor(config.actor, Allowed(None), EnvFactory(config.env))
 
 
 def make_optimizer(config: TrainConfig, actor: torch.nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,73 @@
+"""``zrl worker``: keeps workers for a learner that runs elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import click
+
+from zrl.errors import ConfigError, ZrlError
+from zrl.nodes.supervisor import EXIT_FAILED, SupervisorOptions, supervise
+from zrl.train.named import Allowed
+
+EXIT_USAGE = 2
+
+
+@click.command("worker")
+@click.option("--connect", "url", required=True, metavar="URL", help="the learner's address")
+@click.option("--count", type=click.IntRange(1, 4096), default=1, show_default=True, help="worker processes to keep")
+@click.option("--id", "name", default=None, help="name of this host  [default: machine and process]")
+@click.option(
+    "--import",
+    "modules",
+    multiple=True,
+    metavar="MODULE",
+    help="module whose environments and actors the learner may name; repeatable. It is imported here",
+)
+@click.option(
+    "--give-up-after", type=click.FloatRange(0, min_open=True), default=None, metavar="S",
+    help="exit with 3 after so many seconds without a learner  [default: never]",
+)  # fmt: skip
+@click.option("--logs", type=click.Path(path_type=Path), default=None, help="folder of the workers' output")
+@click.option("--start-method", type=click.Choice(["fork", "spawn"]), default="fork", show_default=True)
+def worker_command(
+    url: str,
+    count: int,
+    name: str | None,
+    modules: tuple[str, ...],
+    give_up_after: float | None,
+    logs: Path | None,
+    start_method: str,
+) -> None:
+    """Step environments for the learner at URL, in COUNT processes, until it has no more use for them.
+
+    Workers that die are replaced. A learner that is not there yet, or gone, is waited for.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    options = SupervisorOptions(
+        url=url,
+        name=(name or f"{socket.gethostname()}-{os.getpid()}")[:64],
+        count=count,
+        target="zrl.train.named:work",
+        payload=Allowed(modules),
+        log_dir=logs,
+        preload=("zrl.train.named", *modules),
+        start_method=start_method,
+        give_up_after=give_up_after,
+    )
+    try:
+        code = supervise(options, click.echo)
+    except ConfigError as e:
+        raise _failure(str(e), EXIT_USAGE) from e
+    except ZrlError as e:
+        raise _failure(str(e), EXIT_FAILED) from e
+    raise SystemExit(code)
+
+
+def _failure(message: str, code: int) -> click.ClickException:
+    failure = click.ClickException(message)
+    failure.exit_code = code  # type: ignore[misc]
+    return failure

@@ -1,0 +1,405 @@
+"""A host as a process: what `zrl worker` runs. Keeps workers for a learner that it reaches over a socket.
+
+Its life is a sequence of runs. Of each:
+
+    Hello ─► Welcome ─► Fetch ─► Weights ─► board ─► workers start          DEALER
+    then: Beat, every second; Gone, when one ends; Revoke, Drain            DEALER
+          weights, the newest of them, onto the board                       SUB
+          the learner's heartbeat                                           SUB
+
+What ends a run: Drain (then this process ends too), a broken connection, HelloAgain, or a learner that has been silent
+for too long. Then all workers are killed, for their slots are no longer anybody's, and everything begins anew with a
+Hello: the same learner after a cut, or another one at the same address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from zrl.data.board import Board
+from zrl.data.weights import crc32
+from zrl.errors import ProtocolError, WorkerError, ZrlError
+from zrl.net.addresses import is_loopback, run_directory
+from zrl.net.codec import TOPIC_STATUS, TOPIC_WEIGHTS, decode, decode_weights, encode
+from zrl.net.endpoint import Endpoint
+from zrl.net.sockets import Context, Disconnections, Rest, connect, make_context, make_dealer, make_sub
+from zrl.nodes.children import Spawner, Target, Zygote
+from zrl.nodes.collator import raise_descriptor_limit
+from zrl.nodes.host import TICK, Host, Patience, RunInfo
+from zrl.protocol import messages as m
+
+MAX_WEIGHTS_NBYTES = 1 << 36
+ANSWER_TIMEOUT = 10.0  # seconds for Weights after Fetch
+FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
+GRACE = 5.0  # seconds for the workers' end
+BYE_TIMEOUT = 2.0
+EXIT_DONE, EXIT_FAILED, EXIT_LEARNER_LOST, EXIT_BUDGET_SPENT, EXIT_REFUSED = 0, 1, 3, 4, 5
+
+logger = logging.getLogger("zrl")
+
+
+@dataclass(frozen=True)
+class SupervisorOptions:
+    """What `zrl worker` is told.
+
+    Attributes:
+        url: of the learner's ROUTER.
+        name: of this host; one that comes back gets its workers' indices, and so their seeds, again.
+        count: workers to keep.
+        target, payload: what every child runs; it gets (payload, `WorkerJob`).
+        log_dir: of the workers; a temporary one that goes at the end, if None.
+        give_up_after: seconds without a learner after which to end; None: never.
+        silence: seconds without the learner's heartbeat after which it is lost; None: 5 on this machine, else 15.
+    """
+
+    url: str
+    name: str
+    count: int
+    target: Target
+    payload: object
+    log_dir: Path | None = None
+    preload: tuple[str, ...] = ()
+    start_method: str = "fork"
+    patience: Patience = field(default_factory=Patience)
+    give_up_after: float | None = None
+    silence: float | None = None
+
+
+class _Over(Exception):
+    """The run is over for this host; `code`: exit status, if the process is to end."""
+
+    def __init__(self, why: str, code: int | None = None) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+def supervise(options: SupervisorOptions, say: Callable[[str], None] = lambda text: None) -> int:
+    """Keep workers until the learner has no more use for them, SIGINT or SIGTERM; the exit status.
+
+    Args:
+        options: what to do.
+        say: gets a line whenever something changes.
+
+    Raises:
+        ConfigError: a URL that is none.
+        ProcessError: no process can be started.
+    """
+    raise_descriptor_limit()
+    run_dir = run_directory()
+    zygote = (Spawner if options.start_method == "spawn" else Zygote).start(
+        options.target,
+        options.payload,
+        run_dir=run_dir,
+        log_dir=options.log_dir or run_dir / "logs",
+        preload=["zrl.nodes.worker", *options.preload],
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_Supervisor(options, zygote, say).live())
+    finally:
+        zygote.close()
+
+
+class _Supervisor:
+    def __init__(self, options: SupervisorOptions, zygote: Zygote, say: Callable[[str], None]) -> None:
+        self._o, self._zygote, self._say = options, zygote, say
+        self._silence = options.silence or (5.0 if is_loopback(options.url) else 15.0)
+        self._run: _Run | None = None
+
+    async def live(self) -> int:
+        """Run after run, until one says that it was the last."""
+        loop = asyncio.get_running_loop()
+        host = Host(
+            self._zygote,
+            loop,
+            name=self._o.name,
+            count=self._o.count,
+            patience=self._o.patience,
+            tell=self._tell,
+            failed=self._failed,
+        )
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, functools.partial(self._stop, signum))
+        try:
+            return await self._runs(host)
+        finally:
+            host.close()
+
+    async def _runs(self, host: Host) -> int:
+        delay, seen = FIRST_DELAY, time.monotonic()
+        while True:
+            context = make_context()
+            try:
+                self._run = run = _Run(self._o, host, context, self._silence, self._say)
+                give_up = None if self._o.give_up_after is None else seen + self._o.give_up_after
+                try:
+                    await run.live(give_up)
+                except _Over as over:
+                    self._say(f"{over}")
+                    if run.welcomed:
+                        delay, seen = FIRST_DELAY, time.monotonic()
+                    if over.code is not None:
+                        return over.code
+                finally:
+                    await run.end()
+            finally:
+                self._run = None
+                context.term()
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MOST_DELAY)
+
+    def _tell(self, message: m.Message) -> None:
+        if self._run is not None:
+            self._run.send(message)
+
+    def _failed(self, error: ZrlError) -> None:
+        code = EXIT_FAILED
+        if isinstance(error, WorkerError):
+            code = EXIT_REFUSED if error.at_start else EXIT_BUDGET_SPENT
+        self._over(_Over(str(error), code))
+
+    def _stop(self, signum: int) -> None:
+        self._over(_Over(f"stopped by {signal.Signals(signum).name}", 128 + signum))
+
+    def _over(self, over: _Over) -> None:
+        if self._run is not None:
+            self._run.over(over)
+
+
+class _Run:
+    """One connection to one learner."""
+
+    def __init__(
+        self, o: SupervisorOptions, host: Host, context: Context, silence: float, say: Callable[[str], None]
+    ) -> None:
+        self._o, self._host, self._context, self._silence, self._say = o, host, context, silence, say
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[None] = self._loop.create_future()
+        self._answers: asyncio.Queue[m.Message] = asyncio.Queue()
+        self._flat: Any = None  # the payload of the last Weights
+        self._hello = host.hello()
+        self._welcome: m.Welcome | None = None
+        self._board: Board | None = None
+        self._behind = 0  # version that the last heartbeat was ahead of the board with
+        self._heard = time.monotonic()
+        self._draining = False
+        self._endpoints: list[Endpoint] = []
+        dealer = make_dealer(context)
+        self._broken = Disconnections(dealer)
+        connect(dealer, o.url)
+        self._monitor = Endpoint(self._broken.socket, self._loop, self._on_event)
+        self._dealer = Endpoint(dealer, self._loop, self._on_message)
+
+    @property
+    def welcomed(self) -> bool:
+        return self._welcome is not None
+
+    def over(self, over: _Over) -> None:
+        """The run ends, for this reason; the first one counts."""
+        if not self._end.done():
+            self._end.set_exception(over)
+
+    def send(self, message: m.Message) -> bool:
+        return self._dealer.send(encode(message))
+
+    async def live(self, give_up: float | None) -> None:
+        """The whole run.
+
+        Raises:
+            _Over: always.
+        """
+        await self._unless_over(self._start(give_up))
+        while True:
+            await self._unless_over(asyncio.sleep(TICK))
+            now = time.monotonic()
+            self._host.tick(now)
+            if now - self._heard > self._silence:
+                raise _Over(f"the learner has been silent for {self._silence:.0f} s")
+            if self._draining and not self._host.kids:
+                raise _Over("the run is over", EXIT_DONE)
+
+    async def _unless_over(self, work: Any) -> None:
+        """Do this, unless the run ends before."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._end}, return_when=asyncio.FIRST_COMPLETED)
+            if self._end.done():
+                self._end.result()
+            task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def end(self) -> None:
+        """Kill the workers, say Bye where somebody listens, and let go of everything."""
+        self._host.end()
+        await self._host.ended(GRACE)
+        if self.welcomed and self.send(m.Bye(self._hello.run_id, self._hello.incarnation)):
+            with contextlib.suppress(TimeoutError, _Over):
+                await asyncio.wait_for(self._answer(m.ByeAck), BYE_TIMEOUT)
+        for endpoint in self._endpoints:
+            endpoint.close()
+        self._monitor.close()
+        self._broken.close()
+        self._dealer.close()
+        if self._board is not None:
+            self._board.close()
+        if not self._end.done():
+            self._end.cancel()
+        elif not self._end.cancelled():
+            self._end.exception()  # seen
+
+    # ── the start ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _start(self, give_up: float | None) -> None:
+        welcome = await self._hello_until(give_up)
+        self._hello = self._hello_in(welcome.run_id)
+        weights, flat = await self._fetch()
+        board = self._board = Board.create(weights.nbytes, run_id=welcome.run_id, digest=weights.digest)
+        board.publish(weights.version, lambda out: np.copyto(out, flat))
+        limit = weights.nbytes + 2 * m.SMALL_HEADER
+        for topic, handler, most in (
+            (TOPIC_WEIGHTS, self._on_weights, limit),
+            (TOPIC_STATUS, self._on_status, m.LARGE_HEADER),
+        ):
+            sub = make_sub(self._context, welcome.pub_url, topic, max_nbytes=most)
+            self._endpoints.append(Endpoint(sub, self._loop, handler))
+        self._heard = time.monotonic()
+        self._host.begin(
+            RunInfo(
+                welcome.run_id,
+                self._o.url,
+                welcome.index_base,
+                board.address,
+                weights.digest,
+                weights.nbytes,
+            )
+        )
+        last = welcome.index_base + self._o.count - 1
+        self._say(f"welcome: {m.printable(welcome.env)}, workers {welcome.index_base} to {last}")
+
+    def _hello_in(self, run_id: bytes) -> m.Hello:
+        """Our Hello, with the run that it led to."""
+        return dataclasses.replace(self._hello, run_id=run_id)
+
+    async def _hello_until(self, give_up: float | None) -> m.Welcome:
+        delay = FIRST_DELAY
+        while give_up is None or time.monotonic() < give_up:
+            self.send(self._hello)  # without a connection it goes nowhere, and is said again
+            try:
+                answer = await asyncio.wait_for(self._answer(m.Welcome, m.Reject), 1.0)
+            except TimeoutError:
+                continue
+            if isinstance(answer, m.Welcome):
+                self._welcome = answer
+                return answer
+            assert isinstance(answer, m.Reject)
+            text = f"the learner refuses this host ({answer.code}): {m.printable(answer.text)}"
+            if not answer.retry and answer.code != "draining":
+                raise _Over(text, EXIT_REFUSED)
+            self._say(text)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MOST_DELAY)
+        raise _Over(f"no learner at {self._o.url} for {self._o.give_up_after:.0f} s", EXIT_LEARNER_LOST)
+
+    async def _fetch(self) -> tuple[m.Weights, Any]:
+        self.send(m.Fetch(self._hello.run_id, self._hello.incarnation))
+        try:
+            weights = await asyncio.wait_for(self._answer(m.Weights), ANSWER_TIMEOUT)
+        except TimeoutError:
+            raise _Over(f"no weights within {ANSWER_TIMEOUT:.0f} s") from None
+        assert isinstance(weights, m.Weights)
+        return weights, self._flat
+
+    async def _answer(self, *kinds: type[m.Message]) -> m.Message:
+        while True:
+            message = await self._answers.get()
+            if isinstance(message, kinds):
+                return message
+
+    # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_event(self, peer: bytes, event: bytes, rest: Rest) -> None:
+        """The connection was lost: the only event that is asked for."""
+        self.over(_Over("the connection to the learner broke"))
+
+    def _on_message(self, peer: bytes, header: bytes, rest: Rest) -> None:
+        try:
+            message = decode(header)
+            flat = self._payload(message, rest) if isinstance(message, m.Weights) else None
+        except ProtocolError as error:
+            logger.warning("from the learner: %s", error)
+            return
+        if message.incarnation != self._hello.incarnation:
+            return
+        if isinstance(message, m.HelloAgain):
+            self.over(_Over("the learner does not know this host any more"))
+        elif isinstance(message, m.Revoke):
+            self._host.revoke(message.worker, m.printable(message.reason))
+        elif isinstance(message, m.Drain):
+            self._draining = True
+            self._host.drain()
+        elif isinstance(message, m.Weights) and self._board is not None:
+            self._adopt(message.version, flat)
+        else:
+            if flat is not None:
+                self._flat = flat
+            self._answers.put_nowait(message)
+
+    def _payload(self, weights: m.Weights, rest: Rest) -> Any:
+        if weights.nbytes > MAX_WEIGHTS_NBYTES:
+            raise ProtocolError(f"weights of {weights.nbytes} bytes, at most {MAX_WEIGHTS_NBYTES}")
+        flat = np.empty(weights.nbytes, np.uint8)
+        rest.into(memoryview(flat.data))
+        if crc32(flat) != weights.crc32:
+            raise ProtocolError("weights with another checksum than they were sent with")
+        return flat
+
+    def _on_weights(self, peer: bytes, frame: bytes, rest: Rest) -> None:
+        try:
+            weights, payload = decode_weights(frame)
+        except ProtocolError as error:
+            logger.warning("from the learner: %s", error)
+            return
+        flat = np.frombuffer(payload, np.uint8)
+        if weights.run_id == self._hello.run_id and crc32(flat) == weights.crc32:
+            self._adopt(weights.version, flat)
+
+    def _adopt(self, version: int, flat: Any) -> None:
+        board = self._board
+        if board is not None and flat.shape == (board.nbytes,) and version > board.version:
+            board.publish(version, lambda out: np.copyto(out, flat))
+
+    def _on_status(self, peer: bytes, frame: bytes, rest: Rest) -> None:
+        """The heartbeat. It also tells of weights that we missed: those of the moment in which we subscribed."""
+        try:
+            status = json.loads(frame[len(TOPIC_STATUS) :])
+            run_id, version = status["run_id"], int(status["version"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return
+        if run_id != self._hello.run_id.hex():
+            return
+        self._heard = time.monotonic()
+        board = self._board
+        if board is None or version <= board.version:
+            self._behind = 0
+        elif self._behind and self._behind > board.version:  # for a second now
+            self.send(m.Fetch(self._hello.run_id, self._hello.incarnation))
+        else:
+            self._behind = version

@@ -1,0 +1,103 @@
+"""Rollouts collected by whoever connects: `zrl worker` processes, started by hand or by something else."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from zrl.errors import ConfigError
+from zrl.nodes.collator import Collator, Plan
+from zrl.nodes.publisher import Publisher
+from zrl.rollout.local import WorkerMode, check_count
+from zrl.rollout.pipeline import CLOSE_TIMEOUT, PipelineRollout
+from zrl.rollout.same import usable_device
+
+
+def rollout(
+    env: str,
+    actor: torch.nn.Module,
+    n_steps: int,
+    n_per_actor: int,
+    n_slots: int,
+    n_per_batch: int,
+    *,
+    bind: str | Sequence[str],
+    actor_name: str = "zrl.zoo:default_actor",
+    n_actors: int | None = None,
+    sticky: bool = False,
+    device: torch.device | str | None = None,
+    entropy: int | None = None,
+    max_lag: int | None = None,
+    worker_mode: WorkerMode = "train",
+    auto_publish: bool = True,
+    keep_final_obs: bool = False,
+    info_keys: Iterable[str] = (),
+    debug: bool = False,
+    starve_timeout: float = 60.0,
+) -> PipelineRollout:
+    """Collect fragments from the workers of every host that connects, without end.
+
+    Hosts may come and go; they make environment and actor from their names. All else is as in
+    `zrl.rollout.multi.rollout`, where the arguments are explained, except:
+
+    Args:
+        env: name of the environment, for the hosts: a Gymnasium id.
+        actor: the learner's actor.
+        n_slots: K, slots of each worker.
+        bind: URL or URLs to listen at: ``tcp://127.0.0.1:5555``, ``ipc:///path/to.sock``.
+        actor_name: what makes the actor, for the hosts: ``module:function``, called with the spaces of observations and
+            actions.
+        n_actors: workers of the run; needed for ``max_lag=0``.
+        info_keys: names of keys of the step's info.
+        debug: poison batches past their time.
+        starve_timeout: seconds with too few workers, after some were there. For the first one it waits for ever.
+
+    Raises:
+        ConfigError: an argument makes no sense, or an address cannot be bound.
+        WeightsError: the actor cannot be published.
+        StarvationError: by ``next()``.
+    """
+    for name, value in (("n_steps", n_steps), ("n_per_actor", n_per_actor), ("n_slots", n_slots)):
+        check_count(name, value)
+    check_count("n_per_batch", n_per_batch)
+    if max_lag is not None:
+        check_count("max_lag", max_lag, 0)
+    if max_lag == 0 and (n_actors is None or n_per_batch % n_actors or n_slots * n_actors < n_per_batch):
+        raise ConfigError(
+            f"n_actors: with max_lag=0 it must be given, n_per_batch={n_per_batch} be a multiple of it, and its slots "
+            f"be enough for a batch; not {n_actors} with {n_slots} slots each"
+        )
+    if not env or not actor_name:
+        raise ConfigError("env, actor_name: hosts know environment and actor by their names; give both")
+    to = usable_device(device or "cpu")
+    seed = secrets.randbits(64) if entropy is None else check_count("entropy", entropy, 0)
+    publisher = Publisher(actor, run_id=os.urandom(16))
+    plan = Plan(
+        n_steps=n_steps,
+        n_columns=n_per_actor,
+        n_per_batch=n_per_batch,
+        slots_of=lambda index: n_slots,
+        n_workers=n_actors or 0,
+        max_lag=max_lag,
+        entropy=seed,
+        sticky=sticky,
+        keep_final_obs=keep_final_obs,
+        info_keys=tuple(info_keys),
+        worker_mode=worker_mode,
+        env=env,
+        actor=actor_name,
+        bind=(bind,) if isinstance(bind, str) else tuple(bind),
+        starve_timeout=starve_timeout,
+    )
+    collator = Collator(plan, publisher, None, to, None)
+    try:
+        collator.start()
+    except BaseException:
+        collator.close(time.monotonic() + CLOSE_TIMEOUT)
+        publisher.close()
+        raise
+    return PipelineRollout(collator, publisher, entropy=seed, auto_publish=auto_publish, debug=debug)

@@ -1,0 +1,127 @@
+"""Environments and actors by name: all that a learner can tell a worker of another host.
+
+A name is never code, and what it leads to is in the hands of who starts the worker: a Gymnasium id, what `zrl.zoo` has,
+or a module that the worker's own command line allows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+
+from zrl.collect.actor import BaseActorModule
+from zrl.collect.spaces import describe
+from zrl.errors import ActorError, ConfigError, EnvError
+from zrl.nodes.worker import Recipe, WorkerJob, live
+from zrl.protocol.messages import Welcome, printable
+
+_MODULE = r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
+_ENV = re.compile(rf"(?:(?P<module>{_MODULE}):)?[A-Za-z0-9_./-]+")
+_ACTOR = re.compile(rf"(?P<module>{_MODULE}):(?P<function>[A-Za-z_][A-Za-z0-9_]*)")
+OURS = "zrl.zoo"
+
+
+@dataclass(frozen=True)
+class EnvFactory:
+    """Makes a registered environment. Plain data, so that it may travel to other processes.
+
+    Raises:
+        EnvError: Gymnasium cannot make it.
+    """
+
+    env_id: str
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        try:
+            # the checker costs a third of a CartPole step, and what it checks the recorder checks as well
+            return gym.make(self.env_id, disable_env_checker=True)
+        except Exception as e:
+            hint = "" if not isinstance(e, gym.error.UnregisteredEnv) else "; list ids with gymnasium.pprint_registry()"
+            raise EnvError(
+                f"Gymnasium cannot make {self.env_id!r} ({describe(e)}){hint}", env_index=-1, phase="factory"
+            ) from e
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Modules that names may lead to besides `zrl.zoo`, their submodules included; None: all."""
+
+    modules: Sequence[str] | None = ()
+
+    def check(self, module: str, what: str) -> None:
+        """Raise a ConfigError unless `module` is allowed."""
+        if self.modules is None or any(module == m or module.startswith(m + ".") for m in (OURS, *self.modules)):
+            return
+        raise ConfigError(
+            f"{what}: the learner asks for the module {module!r}, which this worker may not import; if you trust it: "
+            f"--import {module}"
+        )
+
+
+def env_factory(name: str, allowed: Allowed) -> EnvFactory:
+    """The factory for an environment's name: a Gymnasium id, or ``module:id``.
+
+    Raises:
+        ConfigError: no name, or a module that is not allowed.
+    """
+    match = _ENV.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"env: expected a Gymnasium id or module:id, not {printable(name)!r}")
+    if match["module"]:
+        allowed.check(match["module"], "env")
+    return EnvFactory(name)
+
+
+def make_named_actor(name: str, allowed: Allowed, factory: EnvFactory) -> BaseActorModule:
+    """What ``module:function`` makes of the environment's spaces.
+
+    Raises:
+        ConfigError: no name, a module that is not allowed or not there, or no such function in it.
+        EnvError: the environment cannot be made.
+        ActorError: the function raised, or made no actor.
+    """
+    match = _ACTOR.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"actor: expected module:function, not {printable(name)!r}")
+    allowed.check(match["module"], "actor")
+    make = _function(match["module"], match["function"])
+    env = factory()
+    try:
+        actor = make(env.observation_space, env.action_space)
+    except (ActorError, ConfigError):
+        raise
+    except Exception as e:
+        raise ActorError(f"{name} raised {describe(e)}") from e
+    finally:
+        env.close()
+    if not isinstance(actor, BaseActorModule):
+        raise ActorError(f"{name} made no actor", expected="a zrl.BaseActorModule", found=type(actor).__name__)
+    return actor
+
+
+def _function(module: str, function: str) -> Callable[..., Any]:
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as e:
+        raise ConfigError(f"actor: the module {module!r} cannot be imported: {e}") from e
+    if not callable(found):
+        raise ConfigError(f"actor: {module!r} has no function {function!r}")
+    made: Callable[..., Any] = found
+    return made
+
+
+def work(allowed: Allowed, job: WorkerJob) -> None:
+    """The life of a worker of `zrl worker`: environment and actor by the names in its Welcome."""
+
+    def recipe(welcome: Welcome) -> Recipe:
+        factory = env_factory(welcome.env, allowed)
+        actor = make_named_actor(welcome.actor, allowed, factory)
+        acting = actor.train(welcome.worker_mode == "train").requires_grad_(False)
+        return Recipe(factory, acting)
+
+    live(job, recipe)
