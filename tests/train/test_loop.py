@@ -140,7 +140,7 @@ def test_an_error_in_mid_run_leaves_a_checkpoint(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(CartPoleEnv, "step", failing)
     with pytest.raises(EnvError, match="the pole broke"):
-        train(config(tmp_path))
+        train(config(tmp_path, workers=0))
     assert checkpoint.newest(next(tmp_path.iterdir()) / "checkpoints")[1]["step"] == 192
 
 
@@ -151,5 +151,5 @@ def test_a_signal_in_preflight_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("zrl.train.loop.make_actor", interrupt)
     with pytest.raises(Stopped):
-        train(config(tmp_path))
+        train(config(tmp_path, workers=0))
     assert list(tmp_path.iterdir()) == []

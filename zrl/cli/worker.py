@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import os
 import socket
@@ -46,6 +48,9 @@ def worker_command(
 
     Workers that die are replaced. A learner that is not there yet, or gone, is waited for.
     """
+    for module in modules:
+        if not _exists(module):
+            raise _failure(f"--import: no module {module!r} can be found here", EXIT_USAGE)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = SupervisorOptions(
         url=url,
@@ -65,6 +70,12 @@ def worker_command(
     except ZrlError as e:
         raise _failure(str(e), EXIT_FAILED) from e
     raise SystemExit(code)
+
+
+def _exists(module: str) -> bool:
+    with contextlib.suppress(ImportError, ValueError):
+        return importlib.util.find_spec(module) is not None
+    return False
 
 
 def _failure(message: str, code: int) -> click.ClickException:

@@ -45,6 +45,14 @@ def pub_url(url: str) -> str:
     return f"{head}:{int(port) + 1}"
 
 
+def check_connect(url: str) -> None:
+    """Raise a `ConfigError` for what is no URL to connect to."""
+    port = url.rpartition(":")[2]
+    if url.startswith("ipc:///") or (url.startswith("tcp://") and port.isascii() and port.isdigit()):
+        return
+    raise ConfigError(f"{url}: expected ipc:///PATH or tcp://HOST:PORT")
+
+
 def check_bind(url: str) -> None:
     """Raise a `ConfigError` for a URL that may not or cannot be bound; it says what to do instead."""
     if url.startswith("ipc://"):

@@ -33,7 +33,7 @@ import uvloop
 from zrl.data.board import Board
 from zrl.data.weights import crc32
 from zrl.errors import ProtocolError, WorkerError, ZrlError
-from zrl.net.addresses import is_loopback, run_directory
+from zrl.net.addresses import check_connect, is_loopback, run_directory
 from zrl.net.codec import TOPIC_STATUS, TOPIC_WEIGHTS, decode, decode_weights, encode
 from zrl.net.endpoint import Endpoint
 from zrl.net.sockets import Context, Disconnections, Rest, connect, make_context, make_dealer, make_sub
@@ -98,6 +98,7 @@ def supervise(options: SupervisorOptions, say: Callable[[str], None] = lambda te
         ConfigError: a URL that is none.
         ProcessError: no process can be started.
     """
+    check_connect(options.url)
     raise_descriptor_limit()
     run_dir = run_directory()
     zygote = (Spawner if options.start_method == "spawn" else Zygote).start(

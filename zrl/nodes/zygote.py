@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 
 from zrl.nodes import child
@@ -313,8 +314,10 @@ def main() -> None:
             zygote.handle(message)
         zygote.serve()
         zygote.last_words()
-    finally:
-        shutil.rmtree(start.run_dir, ignore_errors=True)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the host reads our log, which may be in the run directory, and then removes that
+    shutil.rmtree(start.run_dir, ignore_errors=True)
     os._exit(0)  # without the interpreter's clean-up: the host waits for us
 
 
