@@ -45,6 +45,14 @@ train: $(STAMP) ## solve CartPole-v1 with PPO; fails where the goal is not reach
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: faults
+faults: $(STAMP) ## kill, stop and hang workers and learners, the long way (make test has the short one)
+	$(BIN)/python -m pytest tests/faults -m "" $(ARGS)
+
+.PHONY: soak
+soak: $(STAMP) ## 10,000 batches: the learner's memory must not grow
+	$(BIN)/python scripts/bench_pipeline.py --soak $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## check style and format (ruff)
 	$(BIN)/ruff check .

@@ -150,6 +150,7 @@ class Collator:
         self.times = StageTimes()
         self.waited = 0.0  # seconds that workers waited for slots
         self.losses: Counter[str] = Counter()
+        self.stale: Counter[int] = Counter()  # fragments dropped as too old, by worker: the stragglers
         self._odd = 0
         self._run_dir = run_dir
         self._own = own
@@ -251,7 +252,9 @@ class Collator:
             self.urls.append(bound)
             self.pub_urls.append(bind(self._pub, pub_url(url if url.endswith(":*") else bound)))
         opened.callback(self._unmap_all)
-        self.peers = p.Peers(self._welcome(), boot_id=boot_id(), slots_of=self.plan.slots_of)
+        welcome = self._welcome()
+        encode(welcome)  # a name that is too long is an error now
+        self.peers = p.Peers(welcome, boot_id=boot_id(), slots_of=self.plan.slots_of)
         self._endpoint = Endpoint(self._router, self._loop, self._on_message)
         opened.callback(self._endpoint.close)
         opened.callback(self._end_timer)
@@ -410,7 +413,10 @@ class Collator:
         metas = [FragmentMeta(f.version, f.worker, f.seq) for f in c.fragments]
         self.feed.submit(c.batch_id, slots, metas)
 
-    def _note(self, c: s.Drop | s.Discard) -> None:
+    def _drop(self, c: s.Drop) -> None:
+        self.stale[c.fragment.worker] += c.reason == "stale"
+
+    def _discard(self, c: s.Discard) -> None:
         """The books have counted it."""
 
     def _unmap(self, c: Unmap) -> None:
@@ -517,8 +523,8 @@ class Collator:
     _DO: dict[type[Any], Callable[[Collator, Any], None]] = {  # noqa: RUF012 - never changed
         s.Grant: _grant,
         s.FormBatch: _form,
-        s.Drop: _note,
-        s.Discard: _note,
+        s.Drop: _drop,
+        s.Discard: _discard,
         Unmap: _unmap,
         p.Send: _send,
         p.Deliver: _deliver,
@@ -566,6 +572,7 @@ class Collator:
             "hosts": len(self.peers.hosts),
             "replaced": self._host.n_replaced if self._host is not None else 0,
             "losses": dict(self.losses),
+            "stale": {worker: n for worker, n in self.stale.items() if n},
             "env_steps": int(times.pop("n_env_steps")),
             "seconds": {**times, "wait": self.waited, "copy": feed.copy_seconds},
             "waiting_for": self.scheduler.waiting_for(),

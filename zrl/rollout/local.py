@@ -19,7 +19,7 @@ from zrl.collect.spaces import Factory
 from zrl.errors import ConfigError
 from zrl.net.addresses import run_directory
 from zrl.nodes.children import Spawner, Zygote
-from zrl.nodes.collator import Collator, OwnHost, Plan
+from zrl.nodes.collator import MAX_FRAGMENT_BYTES, Collator, OwnHost, Plan
 from zrl.nodes.host import Patience
 from zrl.nodes.publisher import Publisher
 from zrl.nodes.worker import Recipe
@@ -67,9 +67,10 @@ class LocalOptions:
     start_timeout: float = 300.0
     stall_timeout: float = 60.0
     starve_timeout: float = 60.0
+    max_fragment_bytes: int = MAX_FRAGMENT_BYTES
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "n_actors", "n_per_actor", "n_buffers", "n_per_batch"):
+        for name in ("n_steps", "n_actors", "n_per_actor", "n_buffers", "n_per_batch", "max_fragment_bytes"):
             check_count(name, getattr(self, name))
         if self.n_buffers < self.n_actors:
             raise ConfigError(f"n_buffers: expected at least one a worker, {self.n_actors}, not {self.n_buffers}")
@@ -162,9 +163,9 @@ def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: in
             entropy=entropy,
             sticky=o.sticky,
             keep_final_obs=o.keep_final_obs,
-            info_keys=tuple(o.info_keys or ()),
             worker_mode=o.worker_mode,
             starve_timeout=o.starve_timeout,
+            max_fragment_bytes=o.max_fragment_bytes,
         ),
         publisher,
         run_dir,

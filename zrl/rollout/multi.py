@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from zrl.collect.spaces import Factory
+from zrl.nodes.collator import MAX_FRAGMENT_BYTES
 from zrl.rollout.inline import InlineRollout
 from zrl.rollout.local import InfoKeys, LocalOptions, StartMethod, WorkerMode, start
 from zrl.rollout.pipeline import PipelineRollout
@@ -37,6 +38,7 @@ def rollout(
     start_timeout: float = 300.0,
     stall_timeout: float = 60.0,
     starve_timeout: float = 60.0,
+    max_fragment_bytes: int = MAX_FRAGMENT_BYTES,
 ) -> PipelineRollout | InlineRollout:
     """Collect fragments of `n_steps` steps of `n_per_actor` environments in each of `n_actors` processes, without end.
 
@@ -76,6 +78,7 @@ def rollout(
         start_timeout: seconds that a worker may take to build its environments.
         stall_timeout: seconds that one call of an environment may take.
         starve_timeout: seconds with too few workers alive for a batch, after which ``next()`` raises.
+        max_fragment_bytes: a larger fragment is refused, rather than filling the machine by mistake.
 
     Raises:
         ConfigError: an argument makes no sense (also a ValueError).
@@ -104,5 +107,6 @@ def rollout(
         start_timeout=start_timeout,
         stall_timeout=stall_timeout,
         starve_timeout=starve_timeout,
+        max_fragment_bytes=max_fragment_bytes,
     )
     return start(factory, actor, options)

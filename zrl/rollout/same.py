@@ -22,6 +22,7 @@ from zrl.data.batch import Batch, FragmentMeta
 from zrl.data.fragment import Slot
 from zrl.data.weights import WeightsManifest, WeightsPacker, unwrap
 from zrl.errors import ActorError, ClosedError, ConfigError
+from zrl.rollout.aging import Aging
 
 N_SLOTS = 2  # the batch in the user's hands, and the one before it, which stays valid until the next-but-one next()
 
@@ -134,7 +135,7 @@ class SameRollout:
             self._ctx.columns.close()
             nbytes = N_SLOTS * self._ctx.spec.nbytes
             raise ConfigError(f"n_steps, n_envs: {N_SLOTS} fragments need {nbytes:,} bytes, which cannot be had") from e
-        self._yielded: list[Batch] = []  # debug: clones that are poisoned past their time
+        self._aging = Aging()
         self._auto_publish = auto_publish
         self._close_envs = close
         self._why_closed = ""
@@ -183,14 +184,7 @@ class SameRollout:
         batch = Batch.of_record(slot.pt, meta, self.version)
         if ctx.device.type != "cpu":
             batch = batch.to(ctx.device)
-        return self._poisonable(batch) if self._debug else batch
-
-    def _poisonable(self, batch: Batch) -> Batch:
-        """A clone to yield instead; the one of two batches ago is overwritten, so that late readers notice."""
-        if len(self._yielded) == N_SLOTS:
-            self._yielded.pop(0).poison()
-        self._yielded.append(batch.clone())
-        return self._yielded[-1]
+        return self._aging(batch) if self._debug else batch
 
     def publish(self) -> int:
         """Let the weights of the learner act from the next fragment on; returns their version."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from zrl.collect.spaces import Factory
+from zrl.nodes.collator import MAX_FRAGMENT_BYTES
 from zrl.rollout.inline import InlineRollout
 from zrl.rollout.local import InfoKeys, LocalOptions, StartMethod, WorkerMode, check_count, start
 from zrl.rollout.pipeline import PipelineRollout
@@ -35,6 +36,7 @@ def rollout(
     start_timeout: float = 300.0,
     stall_timeout: float = 60.0,
     starve_timeout: float = 60.0,
+    max_fragment_bytes: int = MAX_FRAGMENT_BYTES,
 ) -> PipelineRollout | InlineRollout:
     """Collect fragments of `n_steps` steps of `n_envs` environments in one other process, without end.
 
@@ -73,5 +75,6 @@ def rollout(
         start_timeout=start_timeout,
         stall_timeout=stall_timeout,
         starve_timeout=starve_timeout,
+        max_fragment_bytes=max_fragment_bytes,
     )
     return start(factory, actor, options)
