@@ -376,7 +376,7 @@ class Collator:
         enough = slots >= self.plan.n_per_batch
         if self.plan.max_lag == 0:  # every worker has its places in every batch
             enough = enough and alive >= self.plan.n_workers
-        if enough or not self._had_workers:
+        if enough or (self._host is None and not self._had_workers):  # for the first one we wait
             self._starving_since = None
             return
         self._starving_since = now if self._starving_since is None else self._starving_since
