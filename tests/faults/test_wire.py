@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import msgpack
 import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,6 @@ from tests.faults.machinery import DEADLINE, Ledger, books_balance, stamped, unt
 from zrl import ConfigError
 from zrl.data.memory import boot_id
 from zrl.net.codec import decode, encode
-from zrl.nodes.pipe import CONNECTION_ENDED
 from zrl.protocol import messages as m
 from zrl.rollout import cluster
 from zrl.rollout.pipeline import PipelineRollout
@@ -57,9 +57,8 @@ def run() -> Iterator[tuple[PipelineRollout, Ledger]]:
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing_behind() -> Iterator[None]:
+def leaves_nothing_behind() -> None:
     """In place of the one of the whole suite: here one run serves many tests, and ends with the last of them."""
-    yield
 
 
 @pytest.fixture
@@ -93,12 +92,12 @@ def goes_on(run: tuple[PipelineRollout, Ledger], n: int = 3) -> None:
         ledger.check(next(it))
     stats = it.stats()
     assert stats["workers"] == 2
-    assert stats["losses"] == {}
+    assert set(stats["losses"]) <= {"rejected: remote_unsupported"}  # of the test of rings that are none
     assert books_balance(it)
 
 
 def test_another_version_is_told_so(run: tuple[PipelineRollout, Ledger], stranger: Stranger) -> None:
-    stranger.say(replace(hello(), protocol=99)) if False else stranger.send(other_version())
+    stranger.send(other_version())
     answer = stranger.hear()
     assert isinstance(answer, m.Reject)
     assert answer.code == "version"
@@ -108,8 +107,6 @@ def test_another_version_is_told_so(run: tuple[PipelineRollout, Ledger], strange
 
 def other_version() -> bytes:
     data = encode(hello(protocol=m.PROTOCOL_VERSION))
-    import msgpack
-
     values = msgpack.unpackb(data)
     values[3] = 99
     packed: bytes = msgpack.packb(values)
@@ -240,9 +237,11 @@ def test_a_flood_of_garbage(run: tuple[PipelineRollout, Ledger], stranger: Stran
 
 def test_a_frame_that_is_too_large_costs_its_sender_the_connection(run: tuple[PipelineRollout, Ledger]) -> None:
     stranger = Stranger(run[0].urls[0])
-    stranger.send(bytes(1 << 20))
-    goes_on(run)
-    stranger.close()
+    try:
+        stranger.send(bytes(1 << 20))
+        goes_on(run)
+    finally:
+        stranger.close()
 
 
 def test_an_address_in_use() -> None:
@@ -254,10 +253,6 @@ def test_an_address_in_use() -> None:
         (url,) = first.urls
         with pytest.raises(ConfigError, match="address in use"):
             cluster.rollout("CartPole-v1", actor, 4, 1, 2, 1, bind=url)
-
-
-def test_a_worker_whose_learner_is_gone_exits_with_a_status_of_its_own() -> None:
-    assert CONNECTION_ENDED == 3
 
 
 SMALL_SHM = """
