@@ -26,6 +26,18 @@ KEYS = {
             *("share_env", "share_actor", "share_write", "share_reset"),
         ],
     ),
+    "bench_pipeline.py": (
+        ["--seconds", "0.05", "--rounds", "1"],
+        [
+            *("pipeline_over_collect", "learner_us_per_fragment", "learner_us_per_fragment_w1", "gather_over_memcpy"),
+            *("collect_steps_per_s", "pipeline_steps_per_s"),
+        ],
+    ),
+    "bench_weights.py": (
+        ["--repeats", "1"],
+        [f"{what}_ms_{size}" for what in ("publish", "adopted") for size in ("0_1mb", "6_4mb", "64mb")],
+    ),
+    "bench_startup.py": (["--workers", "2", "--repeats", "1"], ["first_batch_s", "first_batch_spawn_s", "close_s"]),
     "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
 }
 TOOLS = {"make_states.py"}  # tests/docs/test_states.py
@@ -54,6 +66,11 @@ def test_benchmark_prints_its_keys(name: str) -> None:
     figures = json.loads(run(name, words).splitlines()[-1])
     assert set(keys) <= set(figures)
     assert all(isinstance(x, (int, float)) for x in figures.values())
+
+
+def test_the_soak_prints_its_key() -> None:
+    figures = json.loads(run("bench_pipeline.py", ["--soak", "--batches", "200"]).splitlines()[-1])
+    assert isinstance(figures["rss_slope_kib_per_1000"], float)
 
 
 def greedy_returns(words: list[str]) -> list[float]:

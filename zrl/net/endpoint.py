@@ -41,6 +41,7 @@ class Endpoint:
         self._handler = handler
         self._limits = (max_messages, max_seconds)
         self._turn: asyncio.Handle | None = None  # the next one, where it is due without the descriptor
+        self._reading = False
         self._fd: int = socket.get(zmq.FD)  # type: ignore[assignment]
         loop.add_reader(self._fd, self._read)
         self._after_use()  # what came before the descriptor was watched
@@ -48,7 +49,8 @@ class Endpoint:
     def send(self, *frames: bytes | memoryview) -> bool:
         """Send one message without waiting; False where there is nobody to send it to."""
         sent = send(self.socket, *frames)
-        self._after_use()
+        if self._turn is None and not self._reading:  # a turn looks for itself when it is over
+            self._turn = self._loop.call_soon(self._read)  # once for all that is sent in this round of the loop
         return sent
 
     def close(self) -> None:
@@ -66,10 +68,13 @@ class Endpoint:
             self._turn = None
         if self.socket.closed:
             return
+        more = True
+        self._reading = True
         try:
-            drain(self.socket, self._handler, *self._limits)
+            more = drain(self.socket, self._handler, *self._limits)
         finally:
-            if not self.socket.closed:  # the handler may have closed this endpoint
+            self._reading = False
+            if more and not self.socket.closed:  # the handler may have closed this endpoint
                 self._after_use()
 
     def _after_use(self) -> None:
