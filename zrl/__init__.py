@@ -1,7 +1,8 @@
 """zrl: rollout collection for reinforcement learning.
 
-Where to begin: `zrl.rollout.same.rollout` yields `Batch`es of trajectory fragments for your own training loop; an actor
-is a `BaseActorModule`; `evaluate` plays episodes; `zrl.algo` has returns, advantages and losses; `zrl.zoo` examples.
+Where to begin: `zrl.rollout.multi.rollout` yields `Batch`es of trajectory fragments for your own training loop, made by
+worker processes; `zrl.rollout.same.rollout` makes them in this one. An actor is a `BaseActorModule`; `evaluate` plays
+episodes; `zrl.algo` has returns, advantages and losses; `zrl.zoo` examples.
 """
 
 from importlib.metadata import version as _version

@@ -1,1 +1,5 @@
-"""The iterators that yield batches of trajectory fragments: `same` collects in this very process."""
+"""The iterators that yield batches of trajectory fragments.
+
+`same` collects in this very process, `single` in one worker process, `multi` in several, `cluster` in those that
+`zrl worker` brings.
+"""

@@ -65,7 +65,7 @@ def rollout(
         start_method: ``"fork"``: from a process that has imported everything, and nothing else; ``"spawn"``: a fresh
             interpreter for each; ``"inline"``: no processes, one worker after the other in this one, for debuggers.
         entropy: seed of everything random in the workers; drawn, if None.
-        max_lag: None: fully asynchronous. k ≥ 1: no fragment of a batch is older than k versions; the rare one that is
+        max_lag: None: fully asynchronous. k ≥ 1: no fragment of a batch is older than k versions; what is older
             gets dropped and counted. 0: synchronous, on-policy, and reproducible bit for bit; `n_per_batch` must be a
             multiple of `n_actors`.
         worker_mode: ``"train"`` or ``"eval"``: the mode of the workers' copies, whatever the learner's is.
@@ -74,7 +74,7 @@ def rollout(
         info_keys: keys of the step's info to record in ``batch.env``: names, or a mapping from name to dtype, space or
             example array.
         debug: check at every step what is otherwise checked once or not at all, and poison batches past their time.
-        log_dir: folder of the workers' output; a temporary one, if None.
+        log_dir: folder of the workers' output; a temporary one that goes at the end, if None.
         start_timeout: seconds that a worker may take to build its environments.
         stall_timeout: seconds that one call of an environment may take.
         starve_timeout: seconds with too few workers alive for a batch, after which ``next()`` raises.

@@ -144,9 +144,9 @@ class PipelineRollout:
 
         ``version``; ``batches`` yielded; ``slots`` by state; ``fragments`` granted, committed, consumed, dropped, lost
         and in flight (committed = consumed + dropped + in flight); ``dropped`` and ``refused`` by reason; ``workers``
-        alive, ``replaced``, ``losses`` by cause; ``stale``: fragments dropped as too old, by worker; ``lag``: fragments
-        by lag; ``env_steps``; ``seconds`` by stage, over all workers, with ``wait`` for slots, and ``learner_wait`` for
-        batches; ``waiting_for``: in words.
+        alive, ``hosts``, ``replaced``, ``losses`` by cause; ``lag``: fragments by lag; ``env_steps``; ``seconds`` by
+        stage, over all workers, with ``wait`` for slots, and of the learner ``copy`` and ``learner_wait``, for batches;
+        ``waiting_for``: in words. docs/collecting.md explains every key.
         """
         stats = self._collator.stats()
         stats["batches"] = self._n_yielded
