@@ -2,14 +2,15 @@
 
     python scripts/bench_pipeline.py [--seconds 1.0] [--rounds 9] [--soak [--batches 10000]]
 
-In every round `collect` alone and the pipeline take turns; while one runs, the other stands still: the pipeline's workers
-have run out of slots then. Ratios are medians of the rounds' ratios. The consumer touches each batch, and does nothing
-else. The last line is one flat JSON object:
+In every round `collect` alone and the pipeline take turns; while one runs, the other stands still: the workers have run
+out of slots then. Ratios are medians of the rounds' ratios. The consumer touches each batch, and does nothing else. The
+last line is one flat JSON object:
 
 - ``pipeline_over_collect``: environment steps per second of two workers against one loop in one process.
-- ``learner_us_per_fragment``: CPU time of all Python threads of the learner, in microseconds a fragment, with
-  ``n_per_batch`` 8 and no publishing: at high rate (fragments of one step). An upper bound of what it holds the GIL,
-  because it counts system calls too. ``learner_us_per_fragment_w1``: the same during the rounds above, where the
+- ``learner_us_per_fragment``: what a fragment costs the learner's Python threads in user mode, in microseconds, which
+  bounds the time for which they hold the GIL: they let go of it in system calls. At a high rate: fragments of one step,
+  8 a batch, nothing published. ``learner_cpu_us_per_fragment``: system calls included.
+- ``learner_us_per_fragment_w1``: the same during the rounds above, 2 fragments a batch and a publish each, where the
   workers evict the learner's code from the caches between two fragments.
 - ``gather_over_memcpy``: bytes per second from 4 slots to a batch, fragments of 4 MiB, against one plain copy.
 
@@ -62,8 +63,8 @@ def pipeline(n_steps: int = T, n_columns: int = B, n_per_batch: int = 2, **optio
 def touch(it: PipelineRollout) -> int:
     """Take one batch; its environment steps."""
     batch = next(it)
-    batch.state.obs[0, 0, 0].item()
-    return batch.mask.numel()
+    float(batch.state.obs[0, 0, 0])
+    return int(batch.mask.numel())
 
 
 def wait_until_idle(it: PipelineRollout) -> None:
@@ -75,20 +76,34 @@ def wait_until_idle(it: PipelineRollout) -> None:
         time.sleep(0.01)
 
 
-def thread_seconds() -> float:
-    """CPU time of the threads that run Python; libzmq's own never take the GIL."""
-    total = 0
-    for thread in threading.enumerate():
-        stat = Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text()
-        total += int(stat.split()[0])
-    return total / 1e9
+class Cost:
+    """CPU time of the threads that run Python since this was made; libzmq's own threads never take the GIL."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, int, int]:
+        total = user = system = 0
+        for thread in threading.enumerate():
+            task = Path(f"/proc/self/task/{thread.native_id}")
+            total += int((task / "schedstat").read_text().split()[0])
+            fields = (task / "stat").read_text().rsplit(")", 1)[1].split()
+            user, system = user + int(fields[11]), system + int(fields[12])
+        return total / 1e3, user, system
+
+    def microseconds(self) -> tuple[float, float]:
+        """In all, and in user mode. The sum is exact; the share of user mode is sampled a hundred times a second."""
+        total, user, system = (now - then for now, then in zip(self._read(), self._before, strict=True))
+        return total, total * user / max(1, user + system)
 
 
 def rates(seconds: float, rounds: int) -> dict[str, float]:
     options = CollectOptions(n_steps=T, n_columns=B, entropy=1)
     ctx = build(make_env, private_copy(Actor(), torch.device("cpu"), "train"), options)
     slot = Slot(ctx.spec)
-    alone, together, ratios, cpu = [], [], [], []
+    alone, together, ratios = [], [], []
+    user, fragments = 0.0, 0
     with pipeline() as it:
         touch(it)
         for _ in range(rounds):
@@ -100,40 +115,37 @@ def rates(seconds: float, rounds: int) -> dict[str, float]:
             alone.append(n / spent)
             for _ in range(5):  # what lay ready
                 touch(it)
-            started, busy, n = time.perf_counter(), thread_seconds(), 0
+            started, cost, n = time.perf_counter(), Cost(), 0
             while (spent := time.perf_counter() - started) < seconds:
                 n += touch(it)
             together.append(n / spent)
-            cpu.append((thread_seconds() - busy) / (n / T / B) * 1e6)
+            user += cost.microseconds()[1]
+            fragments += n // (T * B)
             ratios.append(together[-1] / alone[-1])
     ctx.columns.close()
     return {
         "collect_steps_per_s": statistics.median(alone),
         "pipeline_steps_per_s": statistics.median(together),
         "pipeline_over_collect": statistics.median(ratios),
-        "learner_us_per_fragment_w1": statistics.median(cpu),
+        "learner_us_per_fragment_w1": user / fragments,
     }
 
 
-def learner_cost(seconds: float, rounds: int) -> float:
-    """Microseconds a fragment, at high rate."""
-    found = []
+def learner_cost(seconds: float) -> dict[str, float]:
+    """Microseconds a fragment, at a high rate."""
     with pipeline(1, 1, 8, auto_publish=False) as it:
         for _ in range(50):
             touch(it)
-        for _ in range(rounds):
-            started, busy, n = time.perf_counter(), thread_seconds(), 0
-            while time.perf_counter() - started < seconds:
-                n += touch(it)
-            found.append((thread_seconds() - busy) / n * 1e6)
-    return statistics.median(found)
+        started, cost, n = time.perf_counter(), Cost(), 0
+        while time.perf_counter() - started < seconds:
+            n += touch(it)
+        total, user = cost.microseconds()
+    return {"learner_us_per_fragment": user / n, "learner_cpu_us_per_fragment": total / n}
 
 
 def gather(rounds: int) -> float:
     """Slot to batch against a plain copy of as many bytes."""
-    from zrl.data.spec import ArraySpec
-
-    spec = large_spec(ArraySpec("float32", (64, 64)))
+    spec = large_spec((64, 64))
     p = 4
     sources = [Slot(spec) for _ in range(p)]
     buffers = HostBuffers(spec, p)
@@ -149,18 +161,18 @@ def gather(rounds: int) -> float:
     return statistics.median(ratios[1:])
 
 
-def large_spec(obs: Any) -> FragmentSpec:
-    """Fragments of some 4 MiB, nearly all of it observations."""
+def large_spec(shape: tuple[int, ...]) -> FragmentSpec:
+    """Fragments of 16 rows of 16 observations of this shape: some 4 MiB."""
 
     class Env(gym.Env[Any, Any]):
-        observation_space = gym.spaces.Box(-1.0, 1.0, obs.shape, np.float32)
+        observation_space = gym.spaces.Box(-1.0, 1.0, shape, np.float32)
         action_space = gym.spaces.Discrete(2)
 
         def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-            return np.zeros(obs.shape, np.float32), {}
+            return np.zeros(shape, np.float32), {}
 
         def step(self, action: Any) -> Any:
-            return np.zeros(obs.shape, np.float32), 0.0, False, False, {}
+            return np.zeros(shape, np.float32), 0.0, False, False, {}
 
     class Flat(Actor):
         def forward(self, obs: Any, act: Any, rew: Any, fin: Any, *, hx: Any = None) -> tuple[Any, Any, Any]:
@@ -197,7 +209,7 @@ def main() -> None:
         figures = soak(args.batches)
     else:
         figures = rates(args.seconds, args.rounds)
-        figures["learner_us_per_fragment"] = learner_cost(args.seconds, args.rounds)
+        figures |= learner_cost(args.seconds * args.rounds)
         figures["gather_over_memcpy"] = gather(10 * args.rounds)
         for name, value in figures.items():
             print(f"{name:28} {value:,.2f}")

@@ -58,6 +58,7 @@ class Heavy(BaseActorModule):
 def measure(nbytes: int, repeats: int) -> tuple[float, float]:
     published, adopted = [], []
     actor = Heavy(nbytes)
+    actor.requires_grad_(False)
     with single.rollout(Clock, actor, 1, 1, max_lag=0, auto_publish=False) as it:
         next(it)
         for _ in range(repeats):

@@ -46,7 +46,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
 class Careless(Endpoint):
     """Without the rule: trusts the descriptor."""
 
-    def _after_use(self) -> None:
+    def _schedule(self) -> None:
         pass
 
 

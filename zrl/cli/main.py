@@ -18,6 +18,7 @@ from zrl.cli.worker import worker_command
 from zrl.config import TrainConfig
 from zrl.errors import ConfigError, StarvationError, WorkerError, ZrlError
 from zrl.train.loop import PreflightError, Result, evaluate_run, train
+from zrl.train.named import foreign_modules
 from zrl.train.rollouts import Rollout
 from zrl.train.run_folder import RunFolder
 from zrl.train.stop import Stopped, StopSignals
@@ -98,7 +99,14 @@ def _train(env: str, eval_episodes: int, require_goal: bool, listen: str = "", *
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
     with _failures() as signals:
         with reporter(config.steps) as report:
-            result = train(config, report.start, report.update, signals, listen, _print_how_to_connect)
+            result = train(
+                config,
+                report.start,
+                report.update,
+                signals,
+                listen,
+                lambda rollout: _print_how_to_connect(config, rollout),
+            )
         _print_result(result)
         if eval_episodes and not result.outcome.startswith("SIG"):
             with signals.interruptible():
@@ -109,11 +117,11 @@ def _train(env: str, eval_episodes: int, require_goal: bool, listen: str = "", *
         raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
 
 
-def _print_how_to_connect(rollout: Rollout) -> None:
-    urls = getattr(rollout, "urls", [])
+def _print_how_to_connect(config: TrainConfig, rollout: Rollout) -> None:
+    imports = "".join(f" --import {module}" for module in foreign_modules(config.env, config.actor))
     click.echo("start workers with:")
-    for url in urls:
-        click.echo(f"  zrl worker --connect {url} --count N")
+    for url in getattr(rollout, "urls", []):
+        click.echo(f"  zrl worker --connect {url}{imports} --count {config.workers}")
 
 
 @contextlib.contextmanager

@@ -49,8 +49,8 @@ class Endpoint:
     def send(self, *frames: bytes | memoryview) -> bool:
         """Send one message without waiting; False where there is nobody to send it to."""
         sent = send(self.socket, *frames)
-        if self._turn is None and not self._reading:  # a turn looks for itself when it is over
-            self._turn = self._loop.call_soon(self._read)  # once for all that is sent in this round of the loop
+        if not self._reading:  # a turn looks for itself when it is over
+            self._schedule()  # once for all that is sent in this round of the loop
         return sent
 
     def close(self) -> None:
@@ -79,5 +79,9 @@ class Endpoint:
 
     def _after_use(self) -> None:
         """The rule: whatever touched the socket may have swallowed the event, so look for yourself."""
-        if self._turn is None and waiting(self.socket):
+        if waiting(self.socket):
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self._turn is None:
             self._turn = self._loop.call_soon(self._read)

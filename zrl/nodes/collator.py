@@ -157,7 +157,8 @@ class Collator:
         self._mapped: dict[bytes, _Mapped] = {}
         self._todo: deque[s.Command | p.Command] = deque()
         self._busy = False
-        self._had_workers = False
+        self._had_enough = own is not None  # those of others are waited for
+        self._counted: set[bytes] = set()  # incarnations whose loss was counted: some are reported twice
         self._starving_since: float | None = None
         self._host: Host | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -372,11 +373,11 @@ class Collator:
         rings = [len(ring.states) for ring in self.slots.live()]
         alive = len(rings) + len(building)
         slots = sum(rings) + sum(self.plan.slots_of(index) for index in building)
-        self._had_workers = self._had_workers or slots > 0
         enough = slots >= self.plan.n_per_batch
         if self.plan.max_lag == 0:  # every worker has its places in every batch
             enough = enough and alive >= self.plan.n_workers
-        if enough or (self._host is None and not self._had_workers):  # for the first one we wait
+        self._had_enough = self._had_enough or enough
+        if enough or not self._had_enough:
             self._starving_since = None
             return
         self._starving_since = now if self._starving_since is None else self._starving_since
@@ -384,7 +385,8 @@ class Collator:
             self.fail(
                 StarvationError(
                     f"{alive} workers with {slots} slots are alive, for {self.plan.starve_timeout:.0f} s now; a batch "
-                    f"needs {self.plan.n_per_batch} slots; workers lost so far: {_listed(self.losses) or 'none'}"
+                    f"needs {max(1, self.plan.n_workers if self.plan.max_lag == 0 else 1)} workers with "
+                    f"{self.plan.n_per_batch} slots; workers lost so far: {_listed(self.losses) or 'none'}"
                 )
             )
 
@@ -512,7 +514,9 @@ class Collator:
 
     def _lost(self, c: p.Lost) -> None:
         report = c.report
-        self.losses[c.reason] += 1
+        if c.incarnation not in self._counted:
+            self.losses[c.reason] += 1
+            self._counted.add(c.incarnation)
         if report is not None and self._host is None and report.cause not in ("drained", "disconnected"):
             logger.warning("worker %d is gone (%s): %s", c.worker, report.cause, m.printable(report.error))
         self._do(self.scheduler.gone(c.incarnation, "gone", clean=c.clean))

@@ -40,6 +40,7 @@ from zrl.net.sockets import Context, Disconnections, Rest, connect, make_context
 from zrl.nodes.children import Spawner, Target, Zygote
 from zrl.nodes.collator import raise_descriptor_limit
 from zrl.nodes.host import TICK, Host, Patience, RunInfo
+from zrl.nodes.logs import Logs
 from zrl.protocol import messages as m
 
 MAX_WEIGHTS_NBYTES = 1 << 36
@@ -120,6 +121,8 @@ class _Supervisor:
         self._o, self._zygote, self._say = options, zygote, say
         self._silence = options.silence or (5.0 if is_loopback(options.url) else 15.0)
         self._run: _Run | None = None
+        self._last: _Over | None = None  # why the process is to end
+        self._wake = asyncio.Event()
 
     async def live(self) -> int:
         """Run after run, until one says that it was the last."""
@@ -132,6 +135,7 @@ class _Supervisor:
             patience=self._o.patience,
             tell=self._tell,
             failed=self._failed,
+            keep_log=Logs(self._o.log_dir).keep,
         )
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, functools.partial(self._stop, signum))
@@ -151,16 +155,20 @@ class _Supervisor:
                     await run.live(give_up)
                 except _Over as over:
                     self._say(f"{over}")
+                    if over.code is not None:
+                        self._last = self._last or over
                     if run.welcomed:
                         delay, seen = FIRST_DELAY, time.monotonic()
-                    if over.code is not None:
-                        return over.code
                 finally:
                     await run.end()
             finally:
                 self._run = None
                 context.term()
-            await asyncio.sleep(delay)
+            if self._last is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), delay)
+            if self._last is not None:
+                return self._last.code or EXIT_DONE
             delay = min(2 * delay, MOST_DELAY)
 
     def _tell(self, message: m.Message) -> None:
@@ -177,6 +185,9 @@ class _Supervisor:
         self._over(_Over(f"stopped by {signal.Signals(signum).name}", 128 + signum))
 
     def _over(self, over: _Over) -> None:
+        """The process is to end: at once, or as soon as what it is doing is over."""
+        self._last = self._last or over
+        self._wake.set()
         if self._run is not None:
             self._run.over(over)
 
@@ -224,9 +235,12 @@ class _Run:
             _Over: always.
         """
         await self._unless_over(self._start(give_up))
+        last = time.monotonic()
         while True:
             await self._unless_over(asyncio.sleep(TICK))
             now = time.monotonic()
+            self._heard += max(0.0, now - last - 2 * TICK)  # we stood still ourselves, and could not hear it
+            last = now
             self._host.tick(now)
             if now - self._heard > self._silence:
                 raise _Over(f"the learner has been silent for {self._silence:.0f} s")

@@ -149,7 +149,7 @@ class _Worker:
             self._opened.callback(ctx.columns.close)
         ctx.columns.calls = self.page.calls
         slots = self._attach(ctx.spec, welcome.n_slots)
-        while (grant := self._next_grant(ctx)) is not None:
+        while (grant := self._next_grant()) is not None and self._adopt(grant.least_version):
             self._deliver(ctx, slots[grant.slot], grant, debug=recipe.debug)
         self._leave()
 
@@ -226,7 +226,7 @@ class _Worker:
 
     # ── work ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _next_grant(self, ctx: Context) -> m.Release | None:
+    def _next_grant(self) -> m.Release | None:
         """The oldest Release that is not yet worked off; waits for it. None: the run ends."""
         started = time.perf_counter()
         if not self._grants:
@@ -251,7 +251,6 @@ class _Worker:
             raise LinkLost("the learner does not know this worker any more")
 
     def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, *, debug: bool) -> None:
-        self._adopt(grant.least_version)
         self.page.enter(Phase.COLLECT)
         if debug:
             slot.poison()
@@ -294,15 +293,16 @@ class _Worker:
         self._opened.callback(self._board.close)
         self._flat = np.empty(job.board_nbytes, np.uint8)
 
-    def _adopt(self, least: int) -> None:
-        """Take the newest weights over; wait only while all that can be had is older than `least`."""
+    def _adopt(self, least: int) -> bool:
+        """Take the newest weights over; wait only while all that can be had is older than `least`. False: the run ends
+        before they come."""
         while True:
             version = self._board.read(self._flat, self._version)
             if version is not None and version > self._version:
                 self._packer.unpack(self._flat)
                 self._version = version
             if self._version >= least or self._draining:
-                return
+                return self._version >= least
             self.page.enter(Phase.ADOPT)
             message = self.link.receive(ADOPT_POLL)
             if message is not None:

@@ -294,14 +294,13 @@ class Synchronous(Scheduler):
         super().__init__(slots, n_per_batch, 0)
         self.n_workers = n_workers
         self.replaced = 0
-        self._workers: list[int] = []  # indices that have attached, sorted
         self._open: dict[int, int] = {}  # place -> worker index: to be granted
         self._places: dict[tuple[bytes, int], int] = {}  # (incarnation, slot) -> place: granted
         self._done: dict[int, Fragment] = {}  # place -> fragment
 
-    def worker_attached(self, incarnation: bytes, worker: int, n_slots: int) -> list[Command]:
-        self._workers = sorted({*self._workers, worker})
-        return super().worker_attached(incarnation, worker, n_slots)
+    def _granted(self) -> set[int]:
+        """Workers with a place that is granted."""
+        return {self.slots.rings[incarnation].worker for incarnation, _ in self._places}
 
     @property
     def _under_way(self) -> bool:
@@ -332,13 +331,26 @@ class Synchronous(Scheduler):
         return fragments
 
     def _grants(self) -> Iterable[tuple[bytes, int, int]]:
-        if self._wanted and not self._under_way and not self.batches and len(self._workers) >= self.n_workers:
-            self._open = {place: self._workers[place % self.n_workers] for place in range(self.n_per_batch)}
+        if not self._wanted:
+            return
+        rings = {ring.worker: ring for ring in self.slots.live()}
+        if not self._under_way and not self.batches and len(rings) >= self.n_workers:
+            team = sorted(rings)[: self.n_workers]
+            self._open = {place: team[place % self.n_workers] for place in range(self.n_per_batch)}
+        self._hand_over(rings)
         for place, worker in sorted(self._open.items()):
-            ring = next((r for r in self.slots.live() if r.worker == worker and r.counts[Slot.FREE]), None)
-            if ring is None:
-                continue  # its replacement is yet to come, or its slots are being copied
+            ring = rings.get(worker)
+            if ring is None or not ring.counts[Slot.FREE]:
+                continue  # it is yet to come, or its slots are being copied
             slot = ring.states.index(Slot.FREE)
             del self._open[place]
             self._places[ring.incarnation, slot] = place
             yield ring.incarnation, slot, self.version
+
+    def _hand_over(self, rings: dict[int, Ring]) -> None:
+        """Give the places of the dead to workers without a place, if there are any. A replacement has the index of whom
+        it replaces; but one from another host, which came for one that left, has not."""
+        for dead in sorted({worker for worker in self._open.values() if worker not in rings}):
+            busy = {*self._open.values(), *(f.worker for f in self._done.values()), *self._granted()}
+            spare = next((worker for worker in sorted(rings) if worker not in busy), dead)
+            self._open = {place: spare if worker == dead else worker for place, worker in self._open.items()}

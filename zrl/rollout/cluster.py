@@ -12,7 +12,7 @@ import torch
 from zrl.errors import ConfigError
 from zrl.nodes.collator import Collator, Plan
 from zrl.nodes.publisher import Publisher
-from zrl.rollout.local import WorkerMode, check_count
+from zrl.rollout.local import WorkerMode, check_count, check_run
 from zrl.rollout.pipeline import CLOSE_TIMEOUT, PipelineRollout
 from zrl.rollout.same import usable_device
 
@@ -73,8 +73,9 @@ def rollout(
         )
     if not env or not actor_name:
         raise ConfigError("env, actor_name: hosts know environment and actor by their names; give both")
+    check_run(worker_mode, entropy, info_keys, starve_timeout)
     to = usable_device(device or "cpu")
-    seed = secrets.randbits(64) if entropy is None else check_count("entropy", entropy, 0)
+    seed = secrets.randbits(64) if entropy is None else entropy
     publisher = Publisher(actor, run_id=os.urandom(16))
     plan = Plan(
         n_steps=n_steps,

@@ -56,6 +56,7 @@ class InlineRollout:
         self._interrupted: Context | None = None
         self._aging = Aging() if o.debug else None
         self._closed = ""
+        self._final: dict[str, Any] = {}  # the figures at the end
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for index in range(o.n_actors):
@@ -137,6 +138,8 @@ class InlineRollout:
 
     def stats(self) -> dict[str, Any]:
         """Counters so far, under the names that `zrl.rollout.pipeline.PipelineRollout.stats` has for them."""
+        if self._final:
+            return self._final
         times = [ctx.times.as_dict() for ctx in self._contexts]
         total = {name: sum(t[name] for t in times) for name in times[0]} if times else {"n_env_steps": 0}
         n = sum(self._seqs)
@@ -151,6 +154,7 @@ class InlineRollout:
 
     def close(self) -> None:
         """Close the environments, unless ``close=False`` was given. Batches already yielded stay as they are."""
+        self._final = self._final or self.stats()
         self._closed = self._closed or " "
         if self._options.close:
             with contextlib.ExitStack() as every:

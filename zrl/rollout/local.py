@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from zrl.net.addresses import run_directory
 from zrl.nodes.children import Spawner, Zygote
 from zrl.nodes.collator import MAX_FRAGMENT_BYTES, Collator, OwnHost, Plan
 from zrl.nodes.host import Patience
+from zrl.nodes.logs import Logs
 from zrl.nodes.publisher import Publisher
 from zrl.nodes.worker import Recipe
 from zrl.rollout.inline import InlineRollout
@@ -83,18 +83,34 @@ class LocalOptions:
                 f"n_per_batch: with max_lag=0 every worker delivers as much as the others: expected a multiple of "
                 f"n_actors={self.n_actors}, not {self.n_per_batch}"
             )
-        for name, choices in (("worker_mode", ("train", "eval")), ("start_method", ("fork", "spawn", "inline"))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name in ("start_timeout", "stall_timeout", "starve_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: expected seconds, more than 0, not {getattr(self, name)!r}")
-        if self.entropy is not None and check_count("entropy", self.entropy, 0) >= 1 << 128:
-            raise ConfigError(f"entropy: expected less than 2**128, not {self.entropy}")
-        if isinstance(self.info_keys, str):
-            raise ConfigError(f"info_keys: expected names or a mapping, not the text {self.info_keys!r}")
+        if self.start_method not in ("fork", "spawn", "inline"):
+            raise ConfigError(f"start_method: expected one of fork, spawn, inline, not {self.start_method!r}")
+        for name in ("start_timeout", "stall_timeout"):
+            check_seconds(name, getattr(self, name))
+        check_run(self.worker_mode, self.entropy, self.info_keys, self.starve_timeout)
         if self.info_keys is not None and not isinstance(self.info_keys, Mapping):
             object.__setattr__(self, "info_keys", tuple(self.info_keys))  # may be an iterator
+
+
+def check_run(worker_mode: str, entropy: int | None, info_keys: InfoKeys, starve_timeout: float) -> None:
+    """What every run has, wherever its workers are.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    if worker_mode not in ("train", "eval"):
+        raise ConfigError(f"worker_mode: expected one of train, eval, not {worker_mode!r}")
+    if entropy is not None and check_count("entropy", entropy, 0) >= 1 << 128:
+        raise ConfigError(f"entropy: expected less than 2**128, not {entropy}")
+    if isinstance(info_keys, str):
+        raise ConfigError(f"info_keys: expected names or a mapping, not the text {info_keys!r}")
+    check_seconds("starve_timeout", starve_timeout)
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raise a ConfigError unless `value` is a number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise ConfigError(f"{name}: expected seconds, more than 0, not {value!r}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -142,11 +158,15 @@ def start(factory: Factory, actor: torch.nn.Module, o: LocalOptions) -> Pipeline
 def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: int, to: torch.device) -> Collator:
     """A started collator with its workers under way."""
     run_dir = run_directory()
-    logs = Logs(run_dir / "logs" if o.log_dir is None else Path(o.log_dir), keep=o.log_dir is not None)
+    log_dir = None if o.log_dir is None else Path(o.log_dir)
     kind = Spawner if o.start_method == "spawn" else Zygote
     try:
         zygote = kind.start(
-            "zrl.nodes.worker:main", recipe, run_dir=run_dir, log_dir=logs.path, preload=["zrl.nodes.worker"]
+            "zrl.nodes.worker:main",
+            recipe,
+            run_dir=run_dir,
+            log_dir=log_dir or run_dir / "logs",
+            preload=["zrl.nodes.worker"],
         )
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -170,7 +190,7 @@ def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: in
         publisher,
         run_dir,
         to,
-        OwnHost(zygote, o.n_actors, patience, logs.keep),
+        OwnHost(zygote, o.n_actors, patience, Logs(log_dir).keep),
     )
     try:
         collator.start()
@@ -178,26 +198,6 @@ def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: in
         collator.close(time.monotonic() + CLOSE_TIMEOUT)
         raise
     return collator
-
-
-class Logs:
-    """The folder of the workers' output. One inside the run's folder goes with it, so that nothing is left behind; what
-    an error is to name is copied first."""
-
-    def __init__(self, path: Path, *, keep: bool) -> None:
-        self.path = path
-        self._keep = keep
-        self._kept: Path | None = None
-
-    def keep(self, log: Path) -> Path:
-        """Where `log` will still be when the run is over."""
-        if self._keep:
-            return log
-        try:
-            self._kept = self._kept or Path(tempfile.mkdtemp(prefix="zrl-logs-"))
-            return Path(shutil.copy(log, self._kept))
-        except OSError:
-            return log
 
 
 def dealt(n_buffers: int, n_workers: int) -> Callable[[int], int]:

@@ -63,6 +63,20 @@ class Allowed:
         )
 
 
+def foreign_modules(env: str, actor: str) -> list[str]:
+    """The modules that a worker must be allowed to import for these names."""
+    ours = Allowed()
+    found = []
+    for match in (_ENV.fullmatch(env), _ACTOR.fullmatch(actor)):
+        module = match["module"] if match else None
+        if module and module not in found:
+            try:
+                ours.check(module, "")
+            except ConfigError:
+                found.append(module)
+    return found
+
+
 def env_factory(name: str, allowed: Allowed) -> EnvFactory:
     """The factory for an environment's name: a Gymnasium id, or ``module:id``.
 
