@@ -53,6 +53,7 @@ class Stranger:
 @pytest.fixture(scope="module")
 def run() -> Iterator[tuple[PipelineRollout, Ledger]]:
     with stamped() as it:
+        until(lambda: it.stats()["workers"] == 2, "both workers")
         yield it, Ledger()
 
 

@@ -189,6 +189,29 @@ def test_a_worker_gives_up_without_a_learner(programs: Programs) -> None:
     assert "no learner at" in worker.text
 
 
+def test_a_worker_stops_on_a_signal_while_it_waits_for_a_learner(programs: Programs) -> None:
+    worker = programs.worker(f"ipc://{programs.folder}/nobody.sock")
+    until(lambda: bool(worker.children()), lambda: worker.text)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() in (143, -signal.SIGTERM), worker.text  # before its handler is there, the default one
+    until(lambda: not worker.children(), lambda: "its zygote")
+
+
+def test_a_host_under_another_name_takes_over(programs: Programs) -> None:
+    """With max_lag=0 every worker has its places in a batch: those of the dead go to whoever comes."""
+    url = address("ipc", programs.folder)
+    learner = programs.learner(url, "--steps", "20k", "--max-lag", "0")
+    first = programs.worker(url, "--id", "a")
+    metrics = programs.folder / "runs"
+    until(lambda: any(f.stat().st_size for f in metrics.glob("*/metrics.jsonl")), lambda: learner.text + first.text)
+    first.process.kill()
+    first.process.wait()
+    second = programs.worker(url, "--id", "b")
+    second.wait_for("workers 2 to 3")
+    assert learner.wait() == 0, learner.text
+    assert second.wait() == 0, second.text
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_worker_stops_on_a_signal_and_another_takes_over(programs: Programs, signum: signal.Signals) -> None:
     url = address("ipc", programs.folder)
