@@ -253,3 +253,26 @@ def test_why_there_is_no_batch() -> None:
     s = scheduler(SlotTable(), n_per_batch=2, max_lag=None, n_workers=1)
     s.worker_attached(worker_id(0), 0, 3)
     assert s.waiting_for() == "0 of 2 fragments ready, 3 with 1 workers, 3 slots alive"
+
+
+def test_on_policy_the_places_of_who_never_comes_back_go_to_a_newcomer() -> None:
+    table = SlotTable()
+    s = scheduler(table, n_per_batch=4, max_lag=0, n_workers=2)
+    for index in (0, 1):
+        s.worker_attached(worker_id(index), index, 2)
+    grants = [c for c in s.batch_requested() if isinstance(c, Grant)]
+    assert [g.incarnation for g in grants] == [worker_id(0), worker_id(1)] * 2
+    s.ready(worker_id(1), grants[1].slot, 1, 1)
+    assert s.gone(worker_id(1)) != []  # what it had ready is dropped
+    assert s.worker_attached(worker_id(0, 1), 5, 2) != []  # index 5: of another host
+    for seq, grant in enumerate((grants[0], grants[2]), 1):
+        s.ready(worker_id(0), grant.slot, seq, 1)
+    s.ready(worker_id(0, 1), 0, 1, 1)
+    (formed,) = [c for c in s.ready(worker_id(0, 1), 1, 2, 1) if isinstance(c, FormBatch)]
+    assert [f.worker for f in formed.fragments] == [0, 5, 0, 5]
+    s.batch_copied(formed.batch_id)
+    s.batch_yielded(formed.batch_id, 1)
+    s.published(2)
+    again = [c for c in s.batch_requested() if isinstance(c, Grant)]
+    assert [g.incarnation for g in again] == [worker_id(0), worker_id(0, 1)] * 2
+    table.audit()
