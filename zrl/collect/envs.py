@@ -85,6 +85,10 @@ class PlainColumns:
         self.dummies: Sequence[int] = ()
         self._envs = list(envs)
         self._steps = [env.step for env in envs]
+        # What came of the last step stays until the next one replaces it, value by value: NumPy keeps the memory of
+        # only a few small arrays at hand for new ones, and a whole row given up at once is more than that.
+        self._observations: list[Any] = [None] * self.n
+        self._raw_rewards: list[Any] = [None] * self.n
         self._seeds = list(seeds)
         self._times = times
         self._debug = debug
@@ -104,26 +108,23 @@ class PlainColumns:
         actions = self._read_actions(nxt.act)
         if self._debug:
             self._read_actions.check(nxt.act, range(self.n))
-        observations: list[Any] = []
-        rewards: list[float] = []
+        observations, rewards = self._observations, self._raw_rewards
         infos: list[dict[str, Any]] = []
         ends: list[End] = []
         keep_infos = bool(self._infos)
-        result: Any = _UNSET
+        j, result = 0, _UNSET
         started = perf_counter()
         try:
-            for step, action in zip(self._steps, actions, strict=True):
+            for j, step in enumerate(self._steps):
                 result = _UNSET
-                result = step(action)
-                obs, rew, terminated, truncated, info = result
+                result = step(actions[j])
+                observations[j], rewards[j], terminated, truncated, info = result
                 if terminated or truncated:
-                    ends.append((len(rewards), bool(terminated), info))
+                    ends.append((j, bool(terminated), info))
                 if keep_infos:
                     infos.append(info)
-                observations.append(obs)
-                rewards.append(rew)
         except Exception as e:
-            raise _failure(e, len(rewards), actions, result) from e
+            raise _failure(e, j, actions, result) from e
         stepped = perf_counter()
         self._write_obs.write(observations, nxt)
         self.rewards = nxt.rew[:] = _reward_array(rewards)
