@@ -37,7 +37,7 @@ def collect(ctx: Context, slot: Slot) -> None:
     """
     clock, times, columns, write = perf_counter, ctx.times, ctx.columns, ctx.write
     step, read, rows = ctx.step, ctx.read, slot.rows
-    returns, acting, writing = ctx.returns, 0.0, 0.0
+    returns, acting, stepping, in_envs = ctx.returns, 0.0, 0.0, times.env
     started = clock()
     live: list[int] | None = None  # the columns that are not frozen; None: all of them
     with ctx.streams.active(), torch.inference_mode(), _blaming(ctx, slot):
@@ -48,10 +48,9 @@ def collect(ctx: Context, slot: Slot) -> None:
             actions, hx, info = step(*read(row), hx)
             t1 = clock()
             write(actions, info, row)
-            t2 = clock()
-            acting += t1 - t0
-            writing += t2 - t1
             ends = columns.step(row, nxt) if live is None else columns.step_some(row, nxt, live)
+            acting += t1 - t0
+            stepping += clock() - t1
             returns += columns.rewards
             if columns.dummies:
                 hx = _skip(ctx, columns.dummies, t, row, hx)
@@ -66,7 +65,7 @@ def collect(ctx: Context, slot: Slot) -> None:
     ctx.clock += ctx.n_steps
     times.n_env_steps += int(np.count_nonzero(slot.np.mask))
     times.actor += acting
-    times.write += writing
+    times.write += stepping - (times.env - in_envs)
     times.total += clock() - started
 
 

@@ -28,6 +28,9 @@ _UNSET = object()  # no result of a step yet
 class Columns(Protocol):
     """``B`` environments that are stepped together. All writing goes into rows of the slot in hand.
 
+    ``step`` and ``step_some``, and nothing else, add the seconds inside ``env.step`` to the stage ``env``; the rest of
+    their time is the stage ``write``.
+
     Attributes:
         n: B.
         rewards: float64 ``[B]``, the rewards of the last step before they were rounded to float32.
@@ -68,7 +71,7 @@ class PlainColumns:
         envs: the environments; column j is ``envs[j]``.
         layout: what of them is recorded.
         seeds: of the first reset, one a column.
-        times: gets the seconds spent in ``env.step`` (stage ``env``) and in writing (stage ``write``).
+        times: gets the seconds spent in ``env.step`` (stage ``env``).
         debug: refuse what would otherwise be cast or let pass, and look at every value and action.
 
     Raises:
@@ -125,7 +128,7 @@ class PlainColumns:
                     infos.append(info)
         except Exception as e:
             raise _failure(e, j, actions, result) from e
-        stepped = perf_counter()
+        self._times.env += perf_counter() - started
         self._write_obs.write(observations, nxt)
         self.rewards = nxt.rew[:] = _reward_array(rewards)
         if self._debug:
@@ -135,9 +138,6 @@ class PlainColumns:
         if keep_infos:
             for j, info in enumerate(infos):
                 self._write_info(j, info, row.env)
-        written = perf_counter()
-        self._times.env += stepped - started
-        self._times.write += written - stepped
         return ends
 
     def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> list[End]:
