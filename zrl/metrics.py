@@ -12,7 +12,7 @@ class StageTimes:
     Attributes:
         env: inside ``env.step``.
         actor: inside ``actor.step`` and ``actor.value``.
-        write: copying what they returned into the record.
+        write: copying what they returned into the record, and turning its actions into what environments take.
         reset: what the end of an episode costs: ``env.reset``, its observation, the recurrent state.
         total: wall time of whole fragments; what the four do not account for is the loop itself.
         n_env_steps: environment steps taken in that time.

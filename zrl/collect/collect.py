@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -36,7 +37,7 @@ def collect(ctx: Context, slot: Slot) -> None:
     """
     clock, times, columns, write = perf_counter, ctx.times, ctx.columns, ctx.write
     step, read, rows = ctx.step, ctx.read, slot.rows
-    returns, acting, writing = ctx.returns, 0.0, 0.0
+    returns, acting, stepping, in_envs = ctx.returns, 0.0, 0.0, times.env
     started = clock()
     live: list[int] | None = None  # the columns that are not frozen; None: all of them
     with ctx.streams.active(), torch.inference_mode(), _blaming(ctx, slot):
@@ -47,10 +48,9 @@ def collect(ctx: Context, slot: Slot) -> None:
             actions, hx, info = step(*read(row), hx)
             t1 = clock()
             write(actions, info, row)
-            t2 = clock()
-            acting += t1 - t0
-            writing += t2 - t1
             ends = columns.step(row, nxt) if live is None else columns.step_some(row, nxt, live)
+            acting += t1 - t0
+            stepping += clock() - t1
             returns += columns.rewards
             if columns.dummies:
                 hx = _skip(ctx, columns.dummies, t, row, hx)
@@ -65,7 +65,7 @@ def collect(ctx: Context, slot: Slot) -> None:
     ctx.clock += ctx.n_steps
     times.n_env_steps += int(np.count_nonzero(slot.np.mask))
     times.actor += acting
-    times.write += writing
+    times.write += stepping - (times.env - in_envs)
     times.total += clock() - started
 
 
@@ -173,13 +173,17 @@ class OutputWriter:
         self._one_action = self._act.is_leaf()
         leaves = (*spec.fields["state.act"].leaves, *spec.fields["actor"].leaves)
         self._sizes = [math.prod(leaf.full_shape(spec.n_columns)) // leaf.rows for leaf in leaves]
+        # one action and a dict of two tensors or more, the usual case, need no walk through trees
+        keys = self._info.entries() if all(x.is_leaf() for x in self._info.children()) else []
+        self._n_keys = len(keys) if self._one_action and len(keys) > 1 else -1
+        self._pick = operator.itemgetter(*keys or [None])
 
     def __call__(self, actions: Any, info: Any, row: Row) -> None:
         try:
-            acts = (actions,) if self._one_action else self._act.flatten_up_to(actions)
-            values = (*acts, *self._info.flatten_up_to(info))
-        except (ValueError, TypeError) as e:
-            raise ActorError(f"the actor returned another structure than at the start: {e}") from e
+            usual = type(info) is dict and len(info) == self._n_keys
+            values = (actions, *self._pick(info)) if usual else self._flatten(actions, info)
+        except KeyError:
+            values = self._flatten(actions, info)  # raises
         try:
             for x, out, size in zip(values, row.outputs, self._sizes, strict=True):
                 if x.numel() != size:  # copy_ would broadcast; it refuses another shape of the same size
@@ -187,6 +191,13 @@ class OutputWriter:
                 out.copy_(x)
         except (AttributeError, TypeError, RuntimeError) as e:  # no tensor, or one of another shape
             raise self._misshapen(values, row) from e
+
+    def _flatten(self, actions: Any, info: Any) -> tuple[Any, ...]:
+        try:
+            acts = (actions,) if self._one_action else self._act.flatten_up_to(actions)
+            return (*acts, *self._info.flatten_up_to(info))
+        except (ValueError, TypeError) as e:
+            raise ActorError(f"the actor returned another structure than at the start: {e}") from e
 
     def _misshapen(self, values: Sequence[Any], row: Row) -> ActorError:
         paths = tree_paths(self._act, "state.act") + tree_paths(self._info, "info")

@@ -28,6 +28,9 @@ _UNSET = object()  # no result of a step yet
 class Columns(Protocol):
     """``B`` environments that are stepped together. All writing goes into rows of the slot in hand.
 
+    ``step`` and ``step_some``, and nothing else, add the seconds inside ``env.step`` to the stage ``env``; the rest of
+    their time is the stage ``write``.
+
     Attributes:
         n: B.
         rewards: float64 ``[B]``, the rewards of the last step before they were rounded to float32.
@@ -70,7 +73,7 @@ class PlainColumns:
         envs: the environments; column j is ``envs[j]``.
         layout: what of them is recorded.
         seeds: of the first reset, one a column.
-        times: gets the seconds spent in ``env.step`` (stage ``env``) and in writing (stage ``write``).
+        times: gets the seconds spent in ``env.step`` (stage ``env``).
         debug: refuse what would otherwise be cast or let pass, and look at every value and action.
 
     Raises:
@@ -88,6 +91,10 @@ class PlainColumns:
         self.calls: MutableSequence[int] | memoryview = [0]
         self._envs = list(envs)
         self._steps = [env.step for env in envs]
+        # What came of the last step stays until the next one replaces it, value by value: NumPy keeps the memory of
+        # only a few small arrays at hand for new ones, and a whole row given up at once is more than that.
+        self._observations: list[Any] = [None] * self.n
+        self._raw_rewards: list[Any] = [None] * self.n
         self._seeds = list(seeds)
         self._times = times
         self._debug = debug
@@ -107,29 +114,26 @@ class PlainColumns:
         actions = self._read_actions(nxt.act)
         if self._debug:
             self._read_actions.check(nxt.act, range(self.n))
-        observations: list[Any] = []
-        rewards: list[float] = []
+        observations, rewards = self._observations, self._raw_rewards
         infos: list[dict[str, Any]] = []
         ends: list[End] = []
         keep_infos = bool(self._infos)
         calls = self.calls
-        result: Any = _UNSET
+        j, result = 0, _UNSET
         started = perf_counter()
         try:
-            for step, action in zip(self._steps, actions, strict=True):
+            for j, step in enumerate(self._steps):
                 result = _UNSET
-                result = step(action)
+                result = step(actions[j])
                 calls[0] += 1
-                obs, rew, terminated, truncated, info = result
+                observations[j], rewards[j], terminated, truncated, info = result
                 if terminated or truncated:
-                    ends.append((len(rewards), bool(terminated), info))
+                    ends.append((j, bool(terminated), info))
                 if keep_infos:
                     infos.append(info)
-                observations.append(obs)
-                rewards.append(rew)
         except Exception as e:
-            raise _failure(e, len(rewards), actions, result) from e
-        stepped = perf_counter()
+            raise _failure(e, j, actions, result) from e
+        self._times.env += perf_counter() - started
         self._write_obs.write(observations, nxt)
         self.rewards = nxt.rew[:] = _reward_array(rewards)
         if self._debug:
@@ -139,9 +143,6 @@ class PlainColumns:
         if keep_infos:
             for j, info in enumerate(infos):
                 self._write_info(j, info, row.env)
-        written = perf_counter()
-        self._times.env += stepped - started
-        self._times.write += written - stepped
         return ends
 
     def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> list[End]:
