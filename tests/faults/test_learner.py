@@ -199,6 +199,29 @@ def test_an_interrupt_in_next_loses_nothing() -> None:
         assert stats["fragments"]["dropped"] == 0
 
 
+@pytest.mark.parametrize("max_lag", [None, 0, 1])
+def test_an_interrupt_before_a_batch_is_accounted_for(max_lag: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger()
+    with stamped(max_lag=max_lag) as it:
+        ledger.check(next(it))
+        advance = Collator.advance
+
+        def interrupted(self: Collator, **what: object) -> None:
+            if "yielded" in what:
+                monkeypatch.setattr(Collator, "advance", advance)
+                raise KeyboardInterrupt
+            advance(self, **what)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Collator, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(it)
+        for _ in range(6):
+            ledger.check(next(it))
+        stats = it.stats()
+        assert stats["fragments"]["consumed"] == 2 * ledger.n
+        assert max_lag != 0 or stats["fragments"]["dropped"] == 0
+
+
 def take_until_interrupted(it: PipelineRollout, ledger: Ledger) -> None:
     while True:
         batch = next(it)

@@ -50,6 +50,7 @@ class PipelineRollout:
         self._wait_seconds = 0.0
         self._why_closed = ""
         self._requested = False  # a batch is wanted and was not taken yet
+        self._taken: Filled | None = None  # from the feed, and the collator does not know it yet
         self._publishing = threading.Lock()
         self._closer = weakref.finalize(self, _close, collator, publisher, os.getpid())  # also at interpreter exit
         if self._max_lag != 0:
@@ -94,11 +95,12 @@ class PipelineRollout:
         while True:
             if not self._requested:
                 self._request()
-            filled = self._take()
+            filled = self._taken = self._taken or self._take()  # an interrupt may come before it is accounted for
             with self._publishing:
                 version = self._publisher.version
-                self._requested = self._max_lag != 0  # while the user computes, the next batch is made
-                self._collator.advance(yielded=(filled.batch_id, version), request=self._requested)
+                ahead = self._max_lag != 0  # while the user computes, the next batch is made
+                self._collator.advance(yielded=(filled.batch_id, version), request=ahead)
+                self._taken, self._requested = None, ahead
             batch = filled.batch(version)
             if not too_old([meta.version for meta in filled.metas], version, self._max_lag):
                 break
