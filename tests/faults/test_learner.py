@@ -228,6 +228,15 @@ def take_until_interrupted(it: PipelineRollout, ledger: Ledger) -> None:
         ledger.check(batch)
 
 
+def test_a_loop_that_cannot_be_made_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_loop() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("zrl.nodes.collator.uvloop.new_event_loop", no_loop)
+    with pytest.raises(OSError, match="Too many open files"):
+        stamped()
+
+
 def test_what_goes_wrong_in_the_collator_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     with stamped() as it:
         next(it)

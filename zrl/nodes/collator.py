@@ -222,9 +222,15 @@ class Collator:
     # ── the thread of the loop ───────────────────────────────────────────────────────────────────────────────────────
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            self._loop = runner.get_loop()
-            runner.run(self._main())
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                self._loop = runner.get_loop()
+                runner.run(self._main())
+        except BaseException as error:  # no descriptors for a loop; or an error of ours at the end
+            self._start_error = error  # too late to be raised, where it had started
+            self.fail(error)
+        finally:
+            self._started.set()
 
     async def _main(self) -> None:
         self._closing = asyncio.Event()
