@@ -1,249 +1,174 @@
-"""Learners that are killed, interrupted, or go away in mid-run: nothing of theirs is left."""
+"""Learners as processes of their own: killed, interrupted, or simply at their end; nothing of theirs stays."""
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.machinery import DEADLINE, Ledger, StampEnv, alive, stamped, until
-from zrl import ClosedError
-from zrl.nodes.collator import Collator
-from zrl.rollout.pipeline import PipelineRollout
+from tests.faults.world import PATIENCE, alive, descendants, line, needs_linux, script, state, until
 
-SCRIPT = """
-import os, sys, time
-from pathlib import Path
+pytestmark = needs_linux
 
-import gymnasium as gym
-import torch
-
-from zrl import zoo
+# Not guarded by __name__, as in a notebook. Says what phase it is in, in lines; the last word is for the phase.
+LEARNER = """
+import os, signal, sys, time
+import gymnasium, torch
 from zrl.rollout import multi
+from tests.faults.world import StampEnv
+from tests.toys import RandomActor
 
-torch.set_num_threads(1)
+phase = sys.argv[1]
 
+def make():
+    if phase == "start":
+        time.sleep(1000)
+    return StampEnv(slow=1000 if phase == "first" else 0)
 
-class Slow(gym.Wrapper):
-    def step(self, action):
-        time.sleep(PACE)
-        return super().step(action)
+def fork_a_child():
+    if os.fork() == 0:
+        os.close(1), os.close(2)
+        time.sleep(60)  # an environment's worker, a data loader's
+        os._exit(0)
 
-
-def make_env():
-    time.sleep(BUILD)
-    return Slow(gym.make("CartPole-v1"))
-
-
-env = gym.make("CartPole-v1")
-actor = zoo.default_actor(env.observation_space, env.action_space)
-say = Path(sys.argv[1])
-phase = sys.argv[2]
-PACE, BUILD = (0.001, 30.0 if phase == "start" else 0.0) if phase != "wait" else (0.5, 0.0)
-
-
-def tell(what):
-    it = globals().get("it")
-    url = it.urls[0].removeprefix("ipc://") if it else ""
-    say.with_suffix(".tmp").write_text(f"{what} {url}")
-    say.with_suffix(".tmp").rename(say)
-
-
-it = multi.rollout(make_env, actor, 8, 2, 2, 4, 2)
+it = multi.rollout(make, RandomActor(3), 4, 2, 2, 4, 2, start_method="spawn" if phase == "spawn" else "fork")
+host = it._collator._host
+while not all(k.child.pid and (phase in ("start", "spawn") or k.page.read().phase) for k in host.kids.values()):
+    time.sleep(0.005)
+print(it._collator._run_dir, flush=True)
 if phase == "exit":
     next(it)
-    tell("done")
     sys.exit(0)
-if phase in ("start", "wait"):
-    tell(phase)
-for n, batch in enumerate(it):
-    if n == 3:
-        tell("loop")
-    if phase == "raise" and n == 5:
-        raise ZeroDivisionError("in the user's loop")
-    if phase == "close" and n == 5:
-        tell("close")
-        it.close()
-        time.sleep(60)
+if phase == "end":
+    next(it)
+if phase == "forked":
+    fork_a_child()
+if phase == "close":
+    with it:
+        next(it)
+        close, it._collator._own.zygote.close = it._collator._own.zygote.close, lambda d: (time.sleep(2), close(d))
+        print("closing", flush=True)
+elif phase not in ("end",):
+    print("up", flush=True)
+    for batch in it:
+        if phase == "loop":
+            print("loop", flush=True)
+            while True:
+                time.sleep(0.01)
 """
 
 
-class Script:
-    """A learner in a process of its own, with the processes that it started."""
-
-    def __init__(self, folder: Path, phase: str) -> None:
-        self.said = folder / "said"
-        (folder / "learner.py").write_text(SCRIPT)
-        self.errors = folder / "stderr"
-        with self.errors.open("wb") as errors:
-            words = [sys.executable, str(folder / "learner.py"), str(self.said), phase]
-            self.process = subprocess.Popen(words, stderr=errors)
-
-    def wait_for(self, what: str) -> Path:
-        """Until it says so; its run directory."""
-        until(lambda: self.said.exists() and self.said.read_text().split()[0] == what, what)
-        return Path(self.said.read_text().split()[1]).parent
-
-    def descendants(self) -> list[int]:
-        found, level = list[int](), [self.process.pid]
-        while level:
-            level = [
-                int(pid)
-                for parent in level
-                for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-            ]
-            found += level
-        return found
-
-    def wait(self) -> int:
-        return self.process.wait(DEADLINE)
+def gone(pids: list[int]) -> bool:
+    return not any(map(alive, pids))
 
 
-@pytest.fixture
-def script(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Script]:
-    script = Script(tmp_path, request.param)
-    yield script
-    script.process.kill()
-    script.process.wait()
+def all_of(process: subprocess.Popen[str]) -> list[int]:
+    """The learner's processes, itself first."""
+    return [process.pid, *descendants(process.pid)]
 
 
-@pytest.mark.parametrize("script", ["start", "loop"], indirect=True)
-def test_a_killed_learner_takes_everything_with_it(script: Script) -> None:
-    phase = "start" if "start" in script.process.args else "loop"  # type: ignore[operator]
-    run_dir = script.wait_for(phase)
-    until(lambda: len(script.descendants()) >= 3, "a zygote and two workers")
-    pids = script.descendants()
-    assert run_dir.exists()
-    script.process.kill()
-    script.process.wait()
-    deadline = time.monotonic() + 2.0
-    while any(map(alive, pids)) or run_dir.exists():
-        assert time.monotonic() < deadline, ([pid for pid in pids if alive(pid)], run_dir.exists())
-        time.sleep(0.01)
+@pytest.mark.parametrize(
+    "phase",
+    ["start", *(pytest.param(x, marks=pytest.mark.long) for x in ("loop", "first", "spawn")), "forked", "stopped"],
+)
+def test_kill_9(tmp_path: Path, phase: str) -> None:
+    """However it goes, within 2 s: also where a fork of the learner holds all that it had open."""
+    with script(LEARNER, "loop" if phase == "stopped" else phase, folder=tmp_path) as process:
+        run_dir = Path(line(process))
+        assert line(process) == "up"
+        if phase == "loop":
+            assert line(process) == "loop"
+        pids = all_of(process)
+        assert len(pids) >= 4
+        if phase == "stopped":  # with a worker that cannot hear
+            os.kill(pids[-1], signal.SIGSTOP)
+            until(lambda: state(pids[-1]) == "T")
+        forks = [pid for pid in pids[1:] if phase == "forked" and b"zrl" not in command(pid)]
+        process.kill()
+        process.wait(PATIENCE)
+        assert len(forks) == (phase == "forked")
+        try:
+            until(lambda: gone([pid for pid in pids if pid not in forks]), 2.0)
+            until(lambda: not run_dir.exists(), 2.0)
+            assert left_in(tmp_path) == []
+        finally:
+            for pid in forks:
+                os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("script", ["start", "wait", "loop", "close"], indirect=True)
-def test_a_signal_in_any_phase_leaves_nothing(script: Script, signum: signal.Signals) -> None:
-    phase = script.process.args[-1]  # type: ignore[index]
-    run_dir = script.wait_for(str(phase))
-    if phase in ("loop", "wait", "start"):
-        until(lambda: len(script.descendants()) >= 3, "a zygote and two workers")
-    pids = script.descendants()
-    script.process.send_signal(signum)
-    assert script.wait() == -signum
-    until(lambda: not any(map(alive, pids)) and not run_dir.exists(), "the end of all that it started")
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
-@pytest.mark.parametrize("script", ["exit"], indirect=True)
-def test_a_learner_that_forgets_to_close_ends_all_the_same(script: Script) -> None:
-    run_dir = script.wait_for("done")
-    assert script.wait() == 0
-    assert not run_dir.exists()
-    assert script.errors.read_text() == ""
+def left_in(folder: Path) -> list[str]:
+    """Names of what a learner left where it makes its temporary files; logs that an error names are to stay."""
+    return [path.name for path in folder.iterdir() if path.name.startswith("zrl") and "zrl-logs" not in path.name]
 
 
-@pytest.mark.parametrize("script", ["raise"], indirect=True)
-def test_an_exception_in_the_loop_of_the_user(script: Script) -> None:
-    run_dir = script.wait_for("loop")
-    assert script.wait() == 1
-    assert not run_dir.exists()
-    text = script.errors.read_text()
-    assert text.endswith("ZeroDivisionError: in the user's loop\n")
-    assert text.count("Traceback") == 1
+@pytest.mark.parametrize("phase", [pytest.param("exit", marks=pytest.mark.long), "end"])
+def test_the_end_of_a_script_without_close(tmp_path: Path, phase: str) -> None:
+    with script(LEARNER, phase, folder=tmp_path) as process:
+        run_dir = Path(line(process))
+        pids = all_of(process)
+        begin = time.monotonic()
+        output, errors = process.communicate(timeout=PATIENCE)
+        assert time.monotonic() - begin < 6.0
+        assert (process.returncode, output, errors) == (0, "", "")
+        assert gone(pids)
+        assert not run_dir.exists()
 
 
-def test_an_iterator_that_is_garbage_is_closed() -> None:
-    it = stamped()
-    next(it)
-    run_dir = Path(it.urls[0].removeprefix("ipc://")).parent
-    del it
-    gc.collect()
-    assert not run_dir.exists()
+SHORT = [("start", signal.SIGINT), ("loop", signal.SIGTERM), ("close", signal.SIGINT)]
+LONG = [
+    ("first", signal.SIGINT),
+    ("start", signal.SIGTERM),
+    ("first", signal.SIGTERM),
+    ("loop", signal.SIGINT),
+    ("close", signal.SIGTERM),
+]
 
 
-def test_several_threads_may_close_at_once() -> None:
-    it = stamped()
-    next(it)
-    closers = [threading.Thread(target=it.close) for _ in range(4)]
-    for closer in closers:
-        closer.start()
-    for closer in closers:
-        closer.join(DEADLINE)
-    with pytest.raises(ClosedError):
-        next(it)
+@pytest.mark.parametrize(("phase", "signum"), [*SHORT, *(pytest.param(*x, marks=pytest.mark.long) for x in LONG)])
+def test_a_signal_in_each_phase(tmp_path: Path, phase: str, signum: signal.Signals) -> None:
+    with script(LEARNER, phase, folder=tmp_path) as process:
+        run_dir = Path(line(process))
+        word = line(process)
+        if phase == "loop":
+            word = line(process)
+        assert word == {"loop": "loop", "close": "closing"}.get(phase, "up")
+        pids = all_of(process)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == -signum
+        assert errors.rstrip().endswith("KeyboardInterrupt") == (signum == signal.SIGINT)
+        assert errors.count("Traceback") == (signum == signal.SIGINT)
+        until(lambda: gone(pids), 2.0)
+        until(lambda: not run_dir.exists(), 2.0)
 
 
-def test_an_interrupt_in_next_loses_nothing() -> None:
-    ledger = Ledger()
-    with stamped(lambda: StampEnv(0.02), max_lag=0) as it:
-        ledger.check(next(it))
-        for _ in range(3):
-            timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
-            timer.start()
-            with pytest.raises(KeyboardInterrupt):
-                take_until_interrupted(it, ledger)
-            timer.join()
-        for _ in range(3):
-            ledger.check(next(it))
-        stats = it.stats()
-        assert 0 <= stats["fragments"]["consumed"] - 2 * ledger.n <= 2 * 3  # it may have come right behind a batch
-        assert stats["fragments"]["dropped"] == 0
-
-
-@pytest.mark.parametrize("max_lag", [None, 0, 1])
-def test_an_interrupt_before_a_batch_is_accounted_for(max_lag: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Ledger()
-    with stamped(max_lag=max_lag) as it:
-        ledger.check(next(it))
-        advance = Collator.advance
-
-        def interrupted(self: Collator, **what: object) -> None:
-            if "yielded" in what:
-                monkeypatch.setattr(Collator, "advance", advance)
-                raise KeyboardInterrupt
-            advance(self, **what)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(Collator, "advance", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            next(it)
-        for _ in range(6):
-            ledger.check(next(it))
-        stats = it.stats()
-        assert stats["fragments"]["consumed"] == 2 * ledger.n
-        assert max_lag != 0 or stats["fragments"]["dropped"] == 0
-
-
-def take_until_interrupted(it: PipelineRollout, ledger: Ledger) -> None:
-    while True:
-        batch = next(it)
-        ledger.check(batch)
-
-
-def test_a_loop_that_cannot_be_made_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_loop() -> None:
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr("zrl.nodes.collator.uvloop.new_event_loop", no_loop)
-    with pytest.raises(OSError, match="Too many open files"):
-        stamped()
-
-
-def test_what_goes_wrong_in_the_collator_reaches_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    with stamped() as it:
-        next(it)
-
-        def broken(self: Collator, *_: object) -> None:
-            raise ZeroDivisionError("in the collator")
-
-        monkeypatch.setattr(Collator, "_copied", broken)
-        with pytest.raises(ZeroDivisionError, match="in the collator"):
-            take_until_interrupted(it, Ledger())
+def test_sigint_to_the_whole_group_is_the_learners_alone(tmp_path: Path) -> None:
+    """As a terminal sends it: no worker writes a traceback, and a learner that goes on keeps its workers."""
+    text = LEARNER.replace(
+        "    for batch in it:",
+        "    signal.signal(signal.SIGINT, lambda *_: print('struck', flush=True))\n    print('set', flush=True)\n"
+        "    for batch in it:",
+    )
+    with script(text, "loop", folder=tmp_path, command=["setsid"]) as process:
+        run_dir = Path(line(process))
+        words = {line(process), line(process), line(process)}
+        assert words == {"up", "set", "loop"}
+        pids = all_of(process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert line(process) == "struck"
+        assert not any(not alive(pid) for pid in pids)
+        assert all("Traceback" not in log.read_text() for log in (run_dir / "logs").iterdir())
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+        until(lambda: gone(pids), 2.0)

@@ -158,6 +158,14 @@ def test_what_a_host_reports_goes_on_with_its_traceback(known: bool) -> None:
     assert (WORKER in peers.workers) == (not known)
 
 
+def test_a_worker_is_lost_once_however_many_say_so() -> None:
+    peers = make(attached=True)
+    assert peers.revoke(WORKER, "desync")[0] == Lost(WORKER, 1, "desync")
+    gone = m.Gone(RUN, HOST, WORKER, 1, "revoked", -9, -1, "", "")
+    assert peers.receive(b"h", gone, 1.0) == [Lost(WORKER, 1, "revoked", clean=True, report=gone, again=True)]
+    assert not peers.hosts[HOST].unreported
+
+
 def test_a_host_cannot_report_the_worker_of_another() -> None:
     peers = make()
     peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 0.0)
@@ -180,6 +188,15 @@ def test_a_child_that_disagrees_for_long_is_revoked() -> None:
     assert beat(13.9, 5, 5) == []
     assert beat(14.0, 5, 5) == [Lost(WORKER, 1, "desync"), Send(b"h", m.Revoke(RUN, HOST, WORKER, "desync"))]
     assert beat(15.0, 5, 5) == []
+
+
+@pytest.mark.parametrize(("phase", "revoked"), [("build", False), ("wait", True), ("collect", False), ("adopt", False)])
+def test_only_a_child_that_waits_has_read_its_releases(phase: str, revoked: bool) -> None:
+    peers = make(attached=True)
+    child = m.ChildBeat(WORKER, 0, m.PHASES.index(phase), 3, 4)
+    beat = m.Beat(RUN, HOST, (child,))
+    assert peers.receive(b"h", beat, 0.0, lambda _: (3, 5)) == []
+    assert bool(peers.receive(b"h", beat, 9.0, lambda _: (3, 5))) == revoked
 
 
 def test_everybody_drains_and_leaves() -> None:

@@ -118,7 +118,7 @@ class Zygote:
                 os.close(payload_fd)
             undo.pop_all()
         zygote = cls(run_dir, log_dir, process, ours)
-        zygote._send(Start(cls.mode, str(run_dir), payload_fd, (*PRELOAD, *preload), surroundings))
+        zygote._send(Start(cls.mode, str(run_dir), payload_fd, (*PRELOAD, *preload), surroundings, os.getpid()))
         return zygote
 
     @property
@@ -187,9 +187,9 @@ class Zygote:
         Args:
             deadline: when to be done, on ``time.monotonic()``; in 5 s, if None. In the past: kill at once.
         """
-        if self._closed:
+        if self._socket.fileno() < 0:
             return
-        self._closed = True
+        self._closed = True  # nothing more begins; this may be interrupted, and called again
         now = time.monotonic()
         left = CLOSE_TIMEOUT if deadline is None else max(0.0, deadline - now)
         with contextlib.suppress(ProcessError):

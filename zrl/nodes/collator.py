@@ -158,7 +158,6 @@ class Collator:
         self._todo: deque[s.Command | p.Command] = deque()
         self._busy = False
         self._had_enough = own is not None  # those of others are waited for
-        self._counted: set[bytes] = set()  # incarnations whose loss was counted: some are reported twice
         self._starving_since: float | None = None
         self._host: Host | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -168,8 +167,8 @@ class Collator:
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="zrl-collator", daemon=True)
-        self._lock = threading.Lock()  # one closer at a time
-        self._closed = False
+        self._lock = threading.RLock()  # one closer at a time
+        self._is_closing = self._closed = False
 
     # ── the user's thread ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -192,28 +191,36 @@ class Collator:
 
     def stats(self, timeout: float = 5.0) -> dict[str, Any]:
         """Where everything is, see `_stats`; of the last moment, where the collator has ended."""
-        if self._closed or not self._thread.is_alive():
-            return self._stats()
         answer: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
         self._post(lambda: answer.set_result(self._stats()))
-        with contextlib.suppress(TimeoutError):
-            return answer.result(timeout)
-        return {}
+        deadline = time.monotonic() + timeout
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                return answer.result(0.05)  # it may be about to end, and not answer any more
+        return {} if self._thread.is_alive() else self._stats()
+
+    def is_own_thread(self) -> bool:
+        """Whether this is called from a thread of the collator's, which cannot close it."""
+        return threading.current_thread() in (self._thread, self.feed.thread)
 
     def close(self, deadline: float) -> None:
-        """End everything by `deadline` on ``time.monotonic()``; idempotent, from any thread."""
+        """End everything by `deadline` on ``time.monotonic()``, or wait for another thread that does; idempotent, and
+        to be called again where it was interrupted. From any thread but its own."""
         with self._lock:
-            if self._closed:
+            if self._is_closing or self._closed:  # the first: in the handler of a signal that came in between
                 return
-            self._closed = True
-            self.feed.close(max(0.0, (deadline - time.monotonic()) / 4))
-            self._deadline = deadline
-            if self._thread.is_alive():
-                self._post(lambda: self._closing.set())
-                if threading.current_thread() is not self._thread:
+            self._is_closing = True
+            try:
+                self.feed.close(max(0.0, (deadline - time.monotonic()) / 4))
+                self._deadline = deadline
+                if self._thread.is_alive():
+                    self._post(lambda: self._closing.set())
                     self._thread.join(max(0.0, deadline - time.monotonic()) + 1.0)
-            if self._own is not None:
-                self._own.zygote.close(deadline)
+                if self._own is not None:
+                    self._own.zygote.close(deadline)
+                self._closed = True
+            finally:
+                self._is_closing = False
 
     def _post(self, call: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -520,9 +527,8 @@ class Collator:
 
     def _lost(self, c: p.Lost) -> None:
         report = c.report
-        if c.incarnation not in self._counted:
+        if not c.again and c.reason not in ("bye", "drained"):
             self.losses[c.reason] += 1
-            self._counted.add(c.incarnation)
         if report is not None and self._host is None and report.cause not in ("drained", "disconnected"):
             logger.warning("worker %d is gone (%s): %s", c.worker, report.cause, m.printable(report.error))
         self._do(self.scheduler.gone(c.incarnation, "gone", clean=c.clean))

@@ -85,6 +85,7 @@ class Feed:
 
     Attributes:
         stats: written by the feed's thread alone.
+        thread: the feed's.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class Feed:
         self._ahead = 0  # submitted, not taken
         self._error: BaseException | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="zrl-feed", daemon=True)
-        self._thread.start()
+        self._news = threading.Lock()  # free: there is something new for the user's thread
+        self.thread = threading.Thread(target=self._run, name="zrl-feed", daemon=True)
+        self.thread.start()
 
     # The collator's thread.
 
@@ -141,7 +143,7 @@ class Feed:
         """From now on `take` raises `error`, also one that waits. The first error counts."""
         with self._changed:
             self._error = self._error or error
-            self._changed.notify_all()
+            self._tell()
 
     def register(self, memory: Array) -> bool:
         """Page-lock a ring's mapping (uint8), so that copies to the device need no staging by the driver.
@@ -188,6 +190,11 @@ class Feed:
                 self._release(self._in_hands.popleft())
         return filled
 
+    def wait(self, timeout: float) -> None:
+        """Wait until `take` may have something new to say, for at most `timeout` seconds. Whatever interrupts this has
+        changed nothing, unlike a `take` that waits: look with a ``take(0)`` before each call."""
+        self._news.acquire(timeout=timeout)
+
     def recycle(self, filled: Filled) -> None:
         """The batch that the last `take` returned is not given to the user: its buffer is free at once.
 
@@ -206,9 +213,14 @@ class Feed:
             self._closed = True
             self._jobs.clear()
             self._ready.clear()
-            self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
+            self._tell()
+        if threading.current_thread() is not self.thread:
+            self.thread.join(timeout)
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        if self._news.locked():  # by a `wait`, or nobody has looked since
+            self._news.release()
 
     def _release(self, buffer: int) -> None:
         self._begun().give_back(buffer)
@@ -249,5 +261,5 @@ class Feed:
         filled = Filled(batch_id, Record.of(self._spec, list(buffers.leaves(buffer))), metas, buffer)
         with self._changed:
             self._ready.append(filled)
-            self._changed.notify_all()
+            self._tell()
         return True

@@ -8,6 +8,7 @@ a child                       what its host does                                
 ============================  ========================================================  ==================
 ended by itself or a signal   says Gone, starts another                                 one used
 lost its connection           says Gone, starts another                                 none used
+the same before 1st Ready     the same                                                  one used
 stands still in an env call   dumps its stacks into its log, kills it; as above         one used
 revoked by the learner        kills it; as above                                        one used
 failed before its 1st Ready   says Gone, gives up: `failed`                             –
@@ -32,13 +33,15 @@ from zrl.data.memory import MemoryAddress, boot_id
 from zrl.errors import ProcessError, SharedMemoryError, WorkerError, ZrlError
 from zrl.nodes.children import Child, Lost, Zygote
 from zrl.nodes.page import Page, Phase, Progress
-from zrl.nodes.pipe import CONNECTION_ENDED, Ended, Started
+from zrl.nodes.pipe import CONNECTION_ENDED, Ended
 from zrl.nodes.worker import WorkerJob
 from zrl.protocol import messages as m
 from zrl.protocol.restarts import Restarts
 
 TICK = 1.0  # seconds between two looks at the children
 DUMP_SECONDS = 0.5  # that a child gets to write its stacks before it is killed
+#: Seconds that a revoked child gets to end by itself: one that cannot be reached may be writing its traceback.
+LAST_WORDS = 0.5
 _ROWS = 60  # children in one Beat
 UNSEEN = Progress(0, Phase.BUILD, 0, 0, -1)
 
@@ -171,7 +174,7 @@ class Host:
         kid = self.kids.get(incarnation)
         if kid is not None:
             logger.warning("worker %d is revoked: %s", kid.index, reason)
-            self._kill(kid, "revoked")
+            kid.timers.append(self._loop.call_later(LAST_WORDS, self._kill, kid, "revoked"))
 
     def drain(self) -> None:
         """Replace nobody any more. The learner tells the workers themselves; who is still building has nothing to
@@ -179,6 +182,7 @@ class Host:
         self._no_more()
         for kid in self.kids.values():
             if self._look(kid).phase == Phase.BUILD:
+                kid.cause = kid.cause or "drained"
                 self._zygote.terminate(kid.child)
 
     def end(self) -> None:
@@ -292,13 +296,13 @@ class Host:
     # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_events(self) -> None:
-        for event in self._zygote.events():
-            if isinstance(event, Lost):
-                self._loop.remove_reader(self._zygote.fileno())
-                self._failed(ProcessError(event.why))
-            elif isinstance(event, Started):
-                pass
-            elif (kid := self._by_serial.get(event.serial)) is not None:
+        events = self._zygote.events()
+        for lost in (event for event in events if isinstance(event, Lost)):
+            self._loop.remove_reader(self._zygote.fileno())
+            self._failed(ProcessError(lost.why))  # first of all: it is why the children have ended
+            self._no_more()
+        for event in events:
+            if isinstance(event, Ended) and (kid := self._by_serial.get(event.serial)) is not None:
                 self._on_end(kid, event)
 
     def _on_end(self, kid: Kid, ended: Ended) -> None:
@@ -311,10 +315,10 @@ class Host:
             self._tell(gone)
         if self._stopping:
             return
-        if gone.cause == "disconnected":
+        if gone.cause == "disconnected" and kid.index in self._proven:
             self._restart(kid, self._patience.first_delay, gone)
             return
-        if kid.index not in self._proven and gone.cause != "revoked":
+        if kid.index not in self._proven and gone.cause not in ("revoked", "disconnected"):
             self._failed(self._error(kid, gone, "failed before its first fragment"))
             return
         delay = self._restarts.failed(kid.index, time.monotonic())
@@ -332,11 +336,11 @@ class Host:
 
     def _gone(self, kid: Kid, ended: Ended) -> m.Gone:
         lines = [line for line in ended.traceback.splitlines() if line.strip()]
-        if kid.cause:
+        if kid.cause and ended.signal in (signal.SIGKILL, signal.SIGTERM):  # else it was faster than our signal
             cause = kid.cause
         elif ended.code == 0:
             cause = "drained" if self._stopping else "exit"
-        elif ended.code == CONNECTION_ENDED:
+        elif ended.code == CONNECTION_ENDED and kid.progress.phase is Phase.CUT_OFF:
             cause = "disconnected"
         elif ended.signal is not None:
             cause = "signal"

@@ -43,6 +43,7 @@ class Phase(enum.IntEnum):
     COLLECT = 2
     ADOPT = 3
     DRAIN = 4
+    CUT_OFF = 5  # its connection ended, and it with it
 
 
 class Progress(NamedTuple):

@@ -75,6 +75,7 @@ class Start:
         payload_fd: descriptor of the pickled ``(target, payload)``, inherited.
         preload: modules to import before the first fork.
         surroundings: of the host.
+        host: its pid.
     """
 
     mode: Literal["fork", "spawn"]
@@ -82,6 +83,7 @@ class Start:
     payload_fd: int
     preload: tuple[str, ...]
     surroundings: Surroundings
+    host: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,7 @@ def live(job: WorkerJob, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
         try:
             _Worker(job, page, link, opened).run(recipe_of)
         except LinkLost as lost:
+            page.enter(Phase.CUT_OFF)  # so that no environment that exits with this status passes for it
             _end_connection(str(lost))
         except EnvError as error:
             page.blame(error.env_index)
@@ -260,6 +261,7 @@ class _Worker:
             check_forward(ctx, slot)
         times = ctx.times
         self._seq += 1
+        self.page.set_sent(self._seq)  # before it is: else who is killed in between has delivered and not proven itself
         self.link.send(
             m.Ready(
                 self.job.run_id,
@@ -276,7 +278,6 @@ class _Worker:
                 n_env_steps=times.n_env_steps,
             )
         )
-        self.page.set_sent(self._seq)
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

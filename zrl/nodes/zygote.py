@@ -11,8 +11,8 @@ sockets but one end of a pair. It never unpickles or imports anything of the use
 One loop sleeps in poll() and has nothing to time but the ends that it announced. A child's traceback is read from its
 pipe before its end is reported, so that it cannot be overtaken. The loop never blocks on a host that does not read.
 
-When the host closes its end, however it died, all children get SIGTERM, SIGKILL shortly after, the run directory is
-removed, and the zygote ends. In mode "spawn" a forked child becomes a fresh interpreter at once; all else is the same.
+When the host closes its end, or dies, all children get SIGTERM, SIGKILL shortly after, the run directory is removed,
+and the zygote ends. In mode "spawn" a forked child becomes a fresh interpreter at once; all else is the same.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Zygote:
         self._selector.register(wake, selectors.EVENT_READ, lambda: self._signalled(wake))
         host.setblocking(False)
         self._selector.register(host, selectors.EVENT_READ, self._from_host)
+        self._watch_host()
 
     def serve(self) -> None:
         """Until the host says so, or is gone, and all children are gone too."""
@@ -87,11 +88,28 @@ class Zygote:
         except OSError:
             data = b""
         if not data:
-            self._selector.unregister(self._host)
-            self._out.clear()
-            self._end(GRACE)
+            self._without_host()
         for message in self._unframer.feed(data):
             self.handle(message)
+
+    def _watch_host(self) -> None:
+        """A fork of the host (an environment's worker, a data loader's) keeps the host's end of the pair open after its
+        death: so watch the host itself too, where the kernel lets us."""
+        host = self._start.host
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # a kernel before 5.3, or it is gone
+                self._selector.register(os.pidfd_open(host), selectors.EVENT_READ, self._without_host)
+        if os.getppid() != host:
+            self._without_host()
+
+    def _without_host(self) -> None:
+        """It is gone, or has closed its end: nobody is told anything any more."""
+        if self._host in (watched := self._selector.get_map()):
+            self._selector.unregister(self._host)
+        for key in [key for key in watched.values() if key.data == self._without_host]:
+            self._selector.unregister(key.fileobj)
+        self._out.clear()
+        self._end(GRACE)
 
     def handle(self, message: object) -> None:
         """Do what the host asks for."""

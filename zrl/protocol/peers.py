@@ -19,6 +19,7 @@ from zrl.protocol import messages as m
 from zrl.protocol.peer_states import HOST_TRANSITIONS, WORKER_TRANSITIONS, Event, State
 
 OWN = b""  # routing id of the learner's own host
+WAITING = m.PHASES.index("wait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,15 @@ class SendWeights:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """This worker is gone, its slots with it. `report`: what its host knows; `clean`: it said Bye."""
+    """This worker is gone, its slots with it. `report`: what its host knows; `clean`: it said Bye; `again`: that it is
+    gone was said before, only the report is new."""
 
     incarnation: bytes
     worker: int  # index
     reason: str
     clean: bool = False
     report: m.Gone | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class Host:
     deadline: float  # when its silence has been too long
     state: State = State.NEW
     workers: dict[int, Worker] = field(default_factory=dict)  # by index in the run
+    unreported: set[bytes] = field(default_factory=set)  # incarnations lost before it said so
 
 
 @dataclass(slots=True)
@@ -246,14 +250,16 @@ class Peers:
         return self._ignore("unexpected")
 
     def _beat(self, host: Host, beat: m.Beat, now: float, books: Books | None) -> list[Command]:
-        """Revoke the children whose counts have differed from ours for too long with nothing moving on either side."""
+        """Revoke the children whose counts have differed from ours for too long with nothing moving on either side. One
+        that does not wait does not read either: the Releases in its socket tell nothing, however long it takes."""
         commands: list[Command] = []
         for child in beat.children:
             worker = self.workers.get(child.incarnation)
             ours = books(child.incarnation) if books else None
             if worker is None or worker.host is not host or ours is None:
                 continue
-            counts = (child.sent, child.received, *ours)
+            received = child.received if child.phase == WAITING else ours[1]
+            counts = (child.sent, received, *ours)
             if counts[:2] == counts[2:]:
                 worker.disagree = ()
             elif counts != worker.disagree:  # messages are on their way
@@ -267,7 +273,9 @@ class Peers:
         if worker is not None and worker.host is not host:
             return self._ignore("unexpected")
         if worker is None:  # it died before its Hello, or was given up before: why is still of interest
-            return [Lost(gone.worker, gone.index, gone.cause, clean=True, report=gone)]
+            again = gone.worker in host.unreported
+            host.unreported.discard(gone.worker)
+            return [Lost(gone.worker, gone.index, gone.cause, clean=True, report=gone, again=again)]
         return [self._lose_worker(worker, gone.cause, Event.LOSE, report=gone)]
 
     # What the collator says.
@@ -334,6 +342,8 @@ class Peers:
         self, worker: Worker, reason: str, event: Event, *, clean: bool = False, report: m.Gone | None = None
     ) -> Lost:
         self._step(worker, event)
+        if report is None:
+            worker.host.unreported.add(worker.incarnation)
         del self._peers[worker.peer], self.workers[worker.incarnation], worker.host.workers[worker.index]
         return Lost(worker.incarnation, worker.index, reason, clean, report)
 

@@ -24,6 +24,7 @@ from zrl.nodes.logs import Logs
 from zrl.nodes.publisher import Publisher
 from zrl.nodes.worker import Recipe
 from zrl.rollout.inline import InlineRollout
+from zrl.rollout.interrupts import Uninterrupted
 from zrl.rollout.pipeline import CLOSE_TIMEOUT, PipelineRollout
 from zrl.rollout.same import private_copy, usable_device
 
@@ -146,13 +147,14 @@ def start(factory: Factory, actor: torch.nn.Module, o: LocalOptions) -> Pipeline
     )
     if o.n_buffers < 2 * o.n_actors:
         logger.info("n_buffers: with two for each of the %d workers, they would not wait for copies", o.n_actors)
-    publisher = Publisher(actor, run_id=os.urandom(16))
-    try:
-        collator = _collator(recipe, publisher, o, entropy, to)
-    except BaseException:
-        publisher.close()
-        raise
-    return PipelineRollout(collator, publisher, entropy=entropy, auto_publish=o.auto_publish, debug=o.debug)
+    with Uninterrupted():
+        publisher = Publisher(actor, run_id=os.urandom(16))
+        try:
+            collator = _collator(recipe, publisher, o, entropy, to)
+        except BaseException:
+            publisher.close()
+            raise
+        return PipelineRollout(collator, publisher, entropy=entropy, auto_publish=o.auto_publish, debug=o.debug)
 
 
 def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: int, to: torch.device) -> Collator:

@@ -17,10 +17,10 @@ from zrl.collect.spaces import describe
 from zrl.data.batch import Batch
 from zrl.errors import ClosedError
 from zrl.nodes.collator import Collator
-from zrl.nodes.feed import Filled
 from zrl.nodes.publisher import Publisher
 from zrl.protocol.schedule import too_old
 from zrl.rollout.aging import Aging
+from zrl.rollout.interrupts import Uninterrupted
 
 CLOSE_TIMEOUT = 5.0  # seconds
 FIRST_COMPLAINT, NEXT_COMPLAINTS = 5.0, 30.0  # seconds without a batch before we say why
@@ -46,13 +46,14 @@ class PipelineRollout:
         self._auto_publish = auto_publish
         self._aging = Aging() if debug else None
         self._lags: Counter[int] = Counter()
-        self._n_yielded = self._n_stale = 0
+        self._n_yielded = 0
+        self._publish_due = False  # a batch was yielded since; a call that was interrupted is not followed by another
         self._wait_seconds = 0.0
         self._why_closed = ""
         self._requested = False  # a batch is wanted and was not taken yet
-        self._taken: Filled | None = None  # from the feed, and the collator does not know it yet
         self._publishing = threading.Lock()
-        self._closer = weakref.finalize(self, _close, collator, publisher, os.getpid())  # also at interpreter exit
+        self._pid = os.getpid()
+        self._closer = weakref.finalize(self, _close, collator, publisher, self._pid)  # also at interpreter exit
         if self._max_lag != 0:
             self._request()
 
@@ -90,36 +91,45 @@ class PipelineRollout:
             raise
 
     def _next(self) -> Batch:
-        if self._n_yielded and self._auto_publish and not (self._max_lag == 0 and self._requested):
-            self.publish()
-        while True:
-            if not self._requested:
-                self._request()
-            filled = self._taken = self._taken or self._take()  # an interrupt may come before it is accounted for
-            with self._publishing:
-                version = self._publisher.version
-                ahead = self._max_lag != 0  # while the user computes, the next batch is made
-                self._collator.advance(yielded=(filled.batch_id, version), request=ahead)
-                self._taken, self._requested = None, ahead
-            batch = filled.batch(version)
-            if not too_old([meta.version for meta in filled.metas], version, self._max_lag):
-                break
-            self._n_stale += 1
-            self._collator.feed.recycle(filled)
-        self._n_yielded += 1
-        self._lags.update(batch.lag)
+        if self._publish_due and self._auto_publish:
+            with Uninterrupted():
+                self.publish()
+                self._publish_due = False
+        started = time.monotonic()
+        complain_at = started + FIRST_COMPLAINT
+        while (batch := self._commit()) is None:
+            now = time.monotonic()
+            if now < complain_at:
+                self._collator.feed.wait(complain_at - now)
+                continue
+            complain_at = now + NEXT_COMPLAINTS
+            why = self._collator.stats().get("waiting_for", "the collator does not answer")
+            logger.warning("starved: no batch for %.0f s: %s", now - started, why)
+        self._wait_seconds += time.monotonic() - started
         return self._aging(batch) if self._aging is not None else batch
 
-    def _take(self) -> Filled:
-        started = time.monotonic()
-        patience = FIRST_COMPLAINT
-        while (filled := self._collator.feed.take(patience)) is None:
-            waited = time.monotonic() - started
-            patience = NEXT_COMPLAINTS
-            why = self._collator.stats().get("waiting_for", "the collator does not answer")
-            logger.warning("starved: no batch for %.0f s: %s", waited, why)
-        self._wait_seconds += time.monotonic() - started
-        return filled
+    def _commit(self) -> Batch | None:
+        """The batch that is ready, in the books also: both or neither. None if there is none, or it is too old."""
+        with Uninterrupted():
+            if not self._requested:
+                self._request()
+            filled = self._collator.feed.take(0.0)
+            if filled is None:
+                return None
+            with self._publishing:
+                version = self._publisher.version
+                self._requested = self._max_lag != 0  # while the user computes, the next batch is made
+                self._collator.advance(yielded=(filled.batch_id, version), request=self._requested)
+            if too_old([meta.version for meta in filled.metas], version, self._max_lag):
+                self._collator.feed.recycle(filled)
+                if not self._requested:
+                    self._request()
+                return None
+            self._n_yielded += 1
+            self._publish_due = True
+            batch = filled.batch(version)
+            self._lags.update(batch.lag)
+            return batch
 
     def _request(self) -> None:
         self._requested = True
@@ -132,7 +142,7 @@ class PipelineRollout:
             WeightsError: the actor is not what it was.
             ClosedError: it was closed before.
         """
-        with self._publishing:
+        with Uninterrupted(), self._publishing:
             self._check_open()
             version = self._publisher.publish(self._announce)
             self._collator.advance(published=version)
@@ -146,9 +156,10 @@ class PipelineRollout:
 
         ``version``; ``batches`` yielded; ``slots`` by state; ``fragments`` granted, committed, consumed, dropped, lost
         and in flight (committed = consumed + dropped + in flight); ``dropped`` and ``refused`` by reason; ``workers``
-        alive, ``hosts``, ``replaced``, ``losses`` by cause; ``lag``: fragments by lag; ``env_steps``; ``seconds`` by
-        stage, over all workers, with ``wait`` for slots, and of the learner ``copy`` and ``learner_wait``, for batches;
-        ``waiting_for``: in words. docs/collecting.md explains every key.
+        alive, ``hosts``, ``replaced``, ``losses`` by cause; ``stale``: dropped as too old, by worker; ``lag``: how many
+        fragments had each; ``env_steps``; ``seconds`` by stage, over all workers, with ``wait`` for slots, and of the
+        learner ``copy`` and ``learner_wait``, for batches; ``waiting_for``: in words. docs/collecting.md explains every
+        key.
         """
         stats = self._collator.stats()
         stats["batches"] = self._n_yielded
@@ -157,9 +168,11 @@ class PipelineRollout:
         return stats
 
     def close(self) -> None:
-        """End the workers and everything that belongs to them, within 5 s. Idempotent; batches already yielded stay as
-        they are."""
+        """End the workers and everything that belongs to them, within 5 s. Idempotent, and when it returns, it is done,
+        whoever began with it; batches already yielded stay as they are."""
         self._closer()
+        # once more: waits for another thread that closes, and goes on where one was interrupted
+        _close(self._collator, self._publisher, self._pid)
 
     def _check_open(self) -> None:
         if not self._closer.alive:
@@ -175,5 +188,8 @@ class PipelineRollout:
 def _close(collator: Collator, publisher: Publisher, pid: int) -> None:
     if os.getpid() != pid:
         return  # a fork of the learner: nothing of this is its own
+    if collator.is_own_thread():  # where the garbage collector happened to run: it cannot wait for its own end
+        threading.Thread(target=_close, args=(collator, publisher, pid), name="zrl-close").start()
+        return
     collator.close(time.monotonic() + CLOSE_TIMEOUT)
     publisher.close()
