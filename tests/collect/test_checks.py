@@ -19,6 +19,7 @@ from zrl import ActorError, BaseActorModule, ConfigError, EnvError, evaluate
 from zrl.collect.build import CollectOptions, build
 from zrl.collect.collect import collect
 from zrl.collect.debug import CheckedStep
+from zrl.collect.envs import shorten
 from zrl.collect.probe import check_untouched, first_actions
 from zrl.collect.spaces import make_env, probe_env
 from zrl.data.fragment import Slot
@@ -631,3 +632,44 @@ def test_evaluate_takes_whole_steps(n: Any) -> None:
 def test_evaluate_gives_rewards_as_they_came() -> None:
     rewards = evaluate([SpoiltEnv(1, lambda r: (r[0], 0.1, *r[2:])), CountingEnv()], CountingActor(), n_steps=3)
     assert [r.tolist() for r in rewards] == [[0.1, 1], [2, 2], [3, 3]]
+
+
+# -- shortened steps --------------------------------------------------------------------------------------------------
+
+
+class Strict(gym.wrappers.OrderEnforcing[Any, Any]):
+    """One's own kind of it, which may do more."""
+
+
+def test_steps_pass_by_a_check_that_was_passed() -> None:
+    plain, short = (gym.make("CartPole-v1", max_episode_steps=9) for _ in range(2))
+    assert np.array_equal(plain.reset(seed=3)[0], short.reset(seed=3)[0])
+    shorten(short)
+    order = short.env  # type: ignore[attr-defined]  # TimeLimit around OrderEnforcing around the checker
+    assert isinstance(order, gym.wrappers.OrderEnforcing)
+    assert order.step == order.env.step
+    for _ in range(20):
+        for t in range(9):
+            (x, *rest), (y, *others) = plain.step(t % 2), short.step(t % 2)
+            assert np.array_equal(x, y)
+            assert rest == others
+        assert np.array_equal(plain.reset()[0], short.reset()[0])
+    plain.close()
+    short.close()
+
+
+def test_other_wrappers_and_unused_environments_are_left_alone() -> None:
+    strict, fresh = Strict(CountingEnv()), gym.wrappers.OrderEnforcing(CountingEnv())
+    strict.reset()
+    for env in (strict, fresh):
+        shorten(env)
+        assert "step" not in vars(env)
+    with pytest.raises(gym.error.ResetNeeded):
+        fresh.step(0)
+
+
+def test_the_loop_shortens_the_steps_of_its_environments() -> None:
+    envs = [gym.make("CartPole-v1") for _ in range(2)]
+    with same.rollout(envs, RandomActor(2), 4, 2, close=True) as it:
+        next(it)
+        assert all("step" in vars(env.env) for env in envs)  # type: ignore[attr-defined]

@@ -241,6 +241,32 @@ def test_streams_go_on_where_they_stopped() -> None:
     assert parts == whole
 
 
+def test_streams_that_stay_are_the_same() -> None:
+    """A worker in a process of its own draws what it would draw in another's, NumPy's second normal included."""
+
+    def fragment(streams: RandomStreams) -> tuple[float, ...]:
+        with streams.active():
+            return (
+                float(torch.rand(())),
+                float(np.random.normal()),
+                float(np.random.normal()),
+                np.random.normal(),
+                (random.gauss(0, 1)),
+            )
+
+    swapped = RandomStreams(5)
+    expected = [fragment(swapped) for _ in range(4)]
+    outside, generator, cpu = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
+    staying = RandomStreams(5)
+    try:
+        staying.stay()
+        assert [fragment(staying) for _ in range(4)] == expected
+    finally:
+        random.setstate(outside)
+        np.random.set_bit_generator(generator)  # type: ignore[attr-defined]
+        torch.set_rng_state(cpu)
+
+
 def test_undrawn() -> None:
     torch.manual_seed(0)
     with undrawn():

@@ -36,7 +36,7 @@ def collect(ctx: Context, slot: Slot) -> None:
             started anew.
     """
     clock, times, columns, write = perf_counter, ctx.times, ctx.columns, ctx.write
-    step, read, rows = ctx.step, ctx.read, slot.rows
+    step, rows, onto = ctx.step, slot.rows, None if ctx.read is _on_host else ctx.read
     returns, acting, stepping, in_envs = ctx.returns, 0.0, 0.0, times.env
     started = clock()
     live: list[int] | None = None  # the columns that are not frozen; None: all of them
@@ -45,7 +45,7 @@ def collect(ctx: Context, slot: Slot) -> None:
         for t in range(ctx.n_steps):
             row, nxt = rows[t], rows[t + 1]
             t0 = clock()
-            actions, hx, info = step(*read(row), hx)
+            actions, hx, info = step(*(onto(row) if onto else row.inputs), hx)
             t1 = clock()
             write(actions, info, row)
             ends = columns.step(row, nxt) if live is None else columns.step_some(row, nxt, live)

@@ -8,11 +8,13 @@ writes what came of one step of all columns into the next row, with the *final* 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.wrappers import OrderEnforcing
 
 from zrl.collect.spaces import EnvLayout, check_env, describe, reset_env
 from zrl.collect.writers import ActionReader, LeafWriter, ObsWriter
@@ -90,7 +92,7 @@ class PlainColumns:
         self.dummies: Sequence[int] = ()
         self.calls: MutableSequence[int] | memoryview = [0]
         self._envs = list(envs)
-        self._steps = [env.step for env in envs]
+        self._steps: list[Callable[[Any], Any]] = []  # after the first reset
         # What came of the last step stays until the next one replaces it, value by value: NumPy keeps the memory of
         # only a few small arrays at hand for new ones, and a whole row given up at once is more than that.
         self._observations: list[Any] = [None] * self.n
@@ -108,7 +110,9 @@ class PlainColumns:
             if seed is not None:
                 env.action_space.seed(seed)  # so that environments that sample from it repeat themselves
             self._write_obs.write_one(j, reset_env(env, j, seed), row.obs, "reset")
+            shorten(env)
         self._seeds = []
+        self._steps = [env.step for env in self._envs]
 
     def step(self, row: Row, nxt: Row) -> list[End]:
         actions = self._read_actions(nxt.act)
@@ -119,13 +123,14 @@ class PlainColumns:
         ends: list[End] = []
         keep_infos = bool(self._infos)
         calls = self.calls
+        first = calls[0] + 1
         j, result = 0, _UNSET
         started = perf_counter()
         try:
             for j, step in enumerate(self._steps):
                 result = _UNSET
                 result = step(actions[j])
-                calls[0] += 1
+                calls[0] = first + j
                 observations[j], rewards[j], terminated, truncated, info = result
                 if terminated or truncated:
                     ends.append((j, bool(terminated), info))
@@ -204,6 +209,18 @@ class PlainColumns:
         with contextlib.ExitStack() as every:  # all of them, even if one of them raises
             for env in reversed(self._envs):
                 every.callback(env.close)
+
+
+def shorten(env: Any) -> None:
+    """Let ``step`` pass by an `OrderEnforcing`, which `gymnasium.make` puts around every environment.
+
+    It refuses steps before the first reset; afterwards, for good, it only costs two calls of a function. `env` has been
+    reset, and stays as it is in all else.
+    """
+    while isinstance(env, gym.Wrapper):
+        if type(env) is OrderEnforcing and env.has_reset:
+            env.step = env.env.step  # type: ignore[method-assign]
+        env = env.env
 
 
 def _info_writers(specs: dict[str, ArraySpec], n: int, *, debug: bool) -> list[tuple[str, LeafWriter, int, int]]:

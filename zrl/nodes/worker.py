@@ -149,6 +149,7 @@ class _Worker:
         if recipe.close:
             self._opened.callback(ctx.columns.close)
         ctx.columns.calls = self.page.calls
+        ctx.streams.stay()
         slots = self._attach(ctx.spec, welcome.n_slots)
         while (grant := self._next_grant()) is not None and self._adopt(grant.least_version):
             self._deliver(ctx, slots[grant.slot], grant, debug=recipe.debug)
