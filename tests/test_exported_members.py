@@ -20,6 +20,7 @@ PUBLIC = {
         "EnvError",
         "Episode",
         "FragmentMeta",
+        "PreflightError",
         "ProcessError",
         "ProtocolError",
         "RecordError",

@@ -5,18 +5,17 @@ worker processes; `zrl.rollout.same.rollout` makes them in this one. An actor is
 episodes; `zrl.algo` has returns, advantages and losses; `zrl.zoo` examples.
 """
 
+from importlib import import_module as _import
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from zrl.collect.actor import BaseActorModule
-from zrl.collect.evaluate import evaluate
-from zrl.data.batch import Batch, Episode, FragmentMeta
-from zrl.data.fragment import State
 from zrl.errors import (
     ActorError,
     CheckpointError,
     ClosedError,
     ConfigError,
     EnvError,
+    PreflightError,
     ProcessError,
     ProtocolError,
     RecordError,
@@ -26,6 +25,12 @@ from zrl.errors import (
     WorkerError,
     ZrlError,
 )
+
+if TYPE_CHECKING:
+    from zrl.collect.actor import BaseActorModule
+    from zrl.collect.evaluate import evaluate
+    from zrl.data.batch import Batch, Episode, FragmentMeta
+    from zrl.data.fragment import State
 
 __version__ = _version("zrl")
 
@@ -39,6 +44,7 @@ __all__ = [
     "EnvError",
     "Episode",
     "FragmentMeta",
+    "PreflightError",
     "ProcessError",
     "ProtocolError",
     "RecordError",
@@ -51,3 +57,24 @@ __all__ = [
     "__version__",
     "evaluate",
 ]
+
+#: Imported when they are asked for: torch takes seconds, and who keeps workers or asks for help does not need it.
+_ON_DEMAND = {
+    "BaseActorModule": "zrl.collect.actor",
+    "Batch": "zrl.data.batch",
+    "Episode": "zrl.data.batch",
+    "FragmentMeta": "zrl.data.batch",
+    "State": "zrl.data.fragment",
+    "evaluate": "zrl.collect.evaluate",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'zrl' has no attribute {name!r}")
+    value = globals()[name] = getattr(_import(_ON_DEMAND[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

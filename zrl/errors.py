@@ -12,7 +12,8 @@
     ├── WorkerError          a worker process failed, and is not replaced
     ├── StarvationError      too few slots are alive to form a batch, for too long
     ├── ProcessError         the process that starts workers cannot be started, or has ended
-    └── ClosedError          the collector was closed before this call
+    ├── ClosedError          the collector was closed before this call
+    └── PreflightError       environment, actor or machine were refused before the first step of a training
 
 A message names the field, what was expected and what came, and the next step where there is one.
 """
@@ -123,3 +124,7 @@ class ProcessError(ZrlError):
 
 class ClosedError(ZrlError):
     """The collector was closed before this call."""
+
+
+class PreflightError(ZrlError):
+    """Environment, actor, device or folder were refused before the first step; the reason is ``__cause__``."""

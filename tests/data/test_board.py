@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 
 import zrl
 from zrl.data import board as board_module
-from zrl.data.board import Board
+from zrl.data.board import Board, crc32
 from zrl.data.memory import MemoryAddress
 from zrl.errors import SharedMemoryError, WeightsError
 
@@ -308,3 +309,9 @@ def test_address_is_plain(out: Bytes) -> None:
         with attach(MemoryAddress(**told)) as reader:
             board.publish(1, writes(1))
             assert reader.read(out, 0) == 1
+
+
+def test_crc32() -> None:
+    flat = np.arange(1000).astype(np.uint8)
+    assert crc32(flat) == zlib.crc32(flat.tobytes())
+    assert crc32(flat[:0]) == 0

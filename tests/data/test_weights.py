@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zrl.data.board import Board
-from zrl.data.weights import DTYPES, WeightsManifest, WeightsPacker, crc32, unwrap
+from zrl.data.weights import DTYPES, WeightsManifest, WeightsPacker, unwrap
 from zrl.errors import WeightsError
 
 
@@ -376,12 +375,6 @@ def test_views_of_many_buffers() -> None:
             assert_same(state(receiver.module), state(packer.module))
         flats[round_] = flat_for(packer.module)
     assert len(packer._views) <= 4
-
-
-def test_crc32() -> None:
-    flat = np.arange(1000).astype(np.uint8)
-    assert crc32(flat) == zlib.crc32(flat.tobytes())
-    assert crc32(flat[:0]) == 0
 
 
 # ── manifests from peers ────────────────────────────────────────────────────────────────────────────────────────────

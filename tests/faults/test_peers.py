@@ -38,10 +38,11 @@ from zrl.net import sockets as z
 from zrl.net.addresses import run_directory
 from zrl.net.codec import decode, encode
 from zrl.nodes.children import Zygote
+from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page
 from zrl.nodes.pipe import CONNECTION_ENDED, Ended
 from zrl.nodes.publisher import Publisher
-from zrl.nodes.worker import Recipe, WorkerJob
+from zrl.nodes.worker import Recipe
 from zrl.protocol import messages as m
 from zrl.rollout.pipeline import PipelineRollout
 

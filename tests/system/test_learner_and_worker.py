@@ -115,7 +115,7 @@ class Programs:
         return program
 
     def learner(self, url: str, *words: str) -> Program:
-        small = ["--algo", "a2c", "--steps", "4k", "--n-steps", "8", "--envs", "4", "--seed", "1"]
+        small = ["--algo", "a2c", "--steps", "1k", "--n-steps", "8", "--envs", "4", "--seed", "1"]
         rest = ["--eval-episodes", "0", "--runs", str(self.folder / "runs")]
         return self._start(["learner", "CartPole-v1", "--bind", url, *small, *rest, *words], ZRL_TEST_LEARNER="1")
 
@@ -163,6 +163,19 @@ def test_either_order_of_start(programs: Programs, kind: str) -> None:
     assert "all steps taken" in learner.text
     assert worker.wait() == 0, worker.text
     assert "the run is over" in worker.text
+
+
+def test_a_worker_that_is_slow_to_finish_ends_with_its_run(programs: Programs) -> None:
+    """The learner asks it to finish, and goes before it has: that is no lost learner to wait for."""
+    url = address("ipc", programs.folder)
+    learner, worker = programs.learner(url, "--steps", "100M"), programs.worker(url)
+    worker.wait_for("welcome")
+    zygote = children_of(worker.process.pid)[0]
+    os.kill(zygote, signal.SIGSTOP)  # so it cannot start or end anybody
+    learner.process.send_signal(signal.SIGINT)
+    assert learner.wait() == 130, learner.text
+    os.kill(zygote, signal.SIGCONT)
+    assert worker.wait() == 0, worker.text
 
 
 def test_a_restarted_learner_gets_its_workers_back(programs: Programs) -> None:

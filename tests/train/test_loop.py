@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from zrl.config import ALGORITHMS, TrainConfig
-from zrl.errors import ConfigError, EnvError
+from zrl.errors import ConfigError, EnvError, PreflightError
 from zrl.train import checkpoint
-from zrl.train.loop import PreflightError, Status, evaluate_run, train
+from zrl.train.loop import Status, evaluate_run, train
 from zrl.train.stop import Stopped
 
 

@@ -1,4 +1,7 @@
-"""The ``zrl`` command."""
+"""The ``zrl`` command.
+
+What needs torch is imported where a verb begins its work: help and completion must not take seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import signal
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,12 +19,14 @@ from zrl.cli.options import config_options
 from zrl.cli.progress import reporter
 from zrl.cli.worker import worker_command
 from zrl.config import TrainConfig
-from zrl.errors import ConfigError, StarvationError, WorkerError, ZrlError
-from zrl.train.loop import PreflightError, Result, evaluate_run, train
-from zrl.train.named import foreign_modules
-from zrl.train.rollouts import Rollout
+from zrl.errors import ConfigError, PreflightError, StarvationError, WorkerError, ZrlError
+from zrl.train.allowed import foreign_modules
 from zrl.train.run_folder import RunFolder
 from zrl.train.stop import Stopped, StopSignals
+
+if TYPE_CHECKING:
+    from zrl.train.loop import Result
+    from zrl.train.rollouts import Rollout
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NO_WORKERS, EXIT_PREFLIGHT = 1, 2, 4, 5
 
@@ -97,6 +102,8 @@ def _train(env: str, eval_episodes: int, require_goal: bool, listen: str = "", *
         raise Failure(str(e), EXIT_USAGE) from e
     if require_goal and config.stop_at_return is None:
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
+    from zrl.train.loop import train
+
     with _failures() as signals:
         with reporter(config.steps) as report:
             result = train(
@@ -157,6 +164,8 @@ def _print_result(result: Result) -> None:
 
 
 def _print_evaluation(run: RunFolder, episodes: int, seed: int = 0) -> None:
+    from zrl.train.loop import evaluate_run
+
     _, returns = evaluate_run(run, episodes, seed=seed)
     click.echo(
         f"  greedy      {episodes} episodes: mean return {statistics.fmean(returns):.1f}, minimum {min(returns):.1f}"

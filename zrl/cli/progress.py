@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from zrl.config import TrainConfig
-from zrl.train.loop import Status
 from zrl.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from zrl.train.loop import Status
 
 SECONDS_BETWEEN_LINES = 5.0
 

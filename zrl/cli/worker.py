@@ -13,7 +13,7 @@ import click
 
 from zrl.errors import ConfigError, ZrlError
 from zrl.nodes.supervisor import EXIT_FAILED, SupervisorOptions, supervise
-from zrl.train.named import Allowed
+from zrl.train.allowed import Allowed
 
 EXIT_USAGE = 2
 

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import zlib
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -241,3 +242,8 @@ def _fields(nbytes: int, run_id: bytes, digest: bytes) -> tuple[bytes, int, int,
     check_id("board: run_id", run_id)
     check_id("board: digest", digest)
     return MAGIC, LAYOUT, 0, run_id, digest, nbytes
+
+
+def crc32(flat: Bytes) -> int:
+    """The checksum that guards weights on the wire: of a contiguous uint8 array, 0 to 2**32 - 1."""
+    return zlib.crc32(flat.data)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -204,11 +203,6 @@ class WeightsPacker:
                 del self._views[next(iter(self._views))]
             known = self._views[id(flat)] = (flat, _make_views(flat, self.manifest))
         return known[1]
-
-
-def crc32(flat: Bytes) -> int:
-    """The checksum that guards weights on the wire: of a contiguous uint8 array, 0 to 2**32 - 1."""
-    return zlib.crc32(flat.data)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import resource
 import threading
 import time
 from collections import Counter, deque
@@ -43,6 +42,7 @@ from zrl.net.sockets import Rest, bind, make_context, make_pub, make_router, sen
 from zrl.nodes.children import Zygote
 from zrl.nodes.feed import Feed
 from zrl.nodes.host import Host, Patience, RunInfo
+from zrl.nodes.limits import raise_descriptor_limit
 from zrl.nodes.publisher import Publisher
 from zrl.protocol import messages as m
 from zrl.protocol import peers as p
@@ -601,15 +601,6 @@ class _Refusal(Exception):
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
         self.code = code
-
-
-def raise_descriptor_limit() -> None:
-    """Allow this process as many open files as it may have: a worker takes several, and the usual limit is 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listed(counter: Counter[str]) -> str:

@@ -32,9 +32,9 @@ from pathlib import Path
 from zrl.data.memory import MemoryAddress, boot_id
 from zrl.errors import ProcessError, SharedMemoryError, WorkerError, ZrlError
 from zrl.nodes.children import Child, Lost, Zygote
+from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase, Progress
 from zrl.nodes.pipe import CONNECTION_ENDED, Ended
-from zrl.nodes.worker import WorkerJob
 from zrl.protocol import messages as m
 from zrl.protocol.restarts import Restarts
 

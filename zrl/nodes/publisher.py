@@ -15,9 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from zrl.data.board import Board
+from zrl.data.board import Board, crc32
 from zrl.data.memory import Bytes
-from zrl.data.weights import WeightsPacker, crc32
+from zrl.data.weights import WeightsPacker
 from zrl.net.codec import encode_weights
 from zrl.net.sockets import chunks
 from zrl.protocol import messages as m

@@ -30,16 +30,15 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from zrl.data.board import Board
-from zrl.data.weights import crc32
+from zrl.data.board import Board, crc32
 from zrl.errors import ProtocolError, WorkerError, ZrlError
 from zrl.net.addresses import check_connect, is_loopback, run_directory
 from zrl.net.codec import TOPIC_STATUS, TOPIC_WEIGHTS, decode, decode_weights, encode
 from zrl.net.endpoint import Endpoint
 from zrl.net.sockets import Context, Disconnections, Rest, connect, make_context, make_dealer, make_sub
 from zrl.nodes.children import Spawner, Target, Zygote
-from zrl.nodes.collator import raise_descriptor_limit
 from zrl.nodes.host import TICK, Host, Patience, RunInfo
+from zrl.nodes.limits import raise_descriptor_limit
 from zrl.nodes.logs import Logs
 from zrl.protocol import messages as m
 
@@ -296,6 +295,8 @@ class _Run:
             sub = make_sub(self._context, welcome.pub_url, topic, max_nbytes=most)
             self._endpoints.append(Endpoint(sub, self._loop, handler))
         self._heard = time.monotonic()
+        if self._draining:
+            raise _Over("the run is over", EXIT_DONE)
         self._host.begin(
             RunInfo(
                 welcome.run_id,
@@ -352,6 +353,8 @@ class _Run:
 
     def _on_event(self, peer: bytes, event: bytes, rest: Rest) -> None:
         """The connection was lost: the only event that is asked for."""
+        if self._draining:  # it does not wait for ever for those who are asked to finish
+            self.over(_Over("the run is over", EXIT_DONE))
         self.over(_Over("the connection to the learner broke"))
 
     def _on_message(self, peer: bytes, header: bytes, rest: Rest) -> None:

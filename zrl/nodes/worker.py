@@ -36,12 +36,13 @@ from zrl.collect.debug import check_forward
 from zrl.collect.spaces import Factory
 from zrl.data.board import Board
 from zrl.data.fragment import Slot
-from zrl.data.memory import MemoryAddress, boot_id
+from zrl.data.memory import boot_id
 from zrl.data.ring import Ring
 from zrl.data.spec import FragmentSpec
 from zrl.data.weights import WeightsPacker
 from zrl.errors import EnvError, ProcessError
 from zrl.net.link import Link, LinkLost
+from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase
 from zrl.nodes.pipe import CONNECTION_ENDED
 from zrl.protocol import messages as m
@@ -72,28 +73,6 @@ class Recipe:
     device: str = "cpu"
     debug: bool = False
     close: bool = True
-
-
-@dataclass(frozen=True)
-class WorkerJob:
-    """Who a worker is, and where it finds what it shares with its host and with the learner: plain values.
-
-    Attributes:
-        url: of the learner's ROUTER.
-        board_digest, board_nbytes: of the weights' manifest.
-    """
-
-    url: str
-    name: str
-    run_id: bytes
-    host: bytes
-    incarnation: bytes
-    index: int
-    generation: int
-    page: MemoryAddress
-    board: MemoryAddress
-    board_digest: bytes
-    board_nbytes: int
 
 
 def main(recipe: Recipe, job: WorkerJob) -> None:

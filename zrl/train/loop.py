@@ -21,7 +21,7 @@ from zrl.collect.actor import BaseActorModule
 from zrl.collect.evaluate import evaluate
 from zrl.config import TrainConfig
 from zrl.data.batch import Batch
-from zrl.errors import CheckpointError, ConfigError, WorkerError, ZrlError
+from zrl.errors import CheckpointError, ConfigError, PreflightError, WorkerError, ZrlError
 from zrl.rollout.same import usable_device
 from zrl.train import checkpoint
 from zrl.train.named import EnvFactory
@@ -74,10 +74,6 @@ class Result:
 
 class DivergedError(ZrlError):
     """The loss is not finite: the weights are of no use any more."""
-
-
-class PreflightError(ZrlError):
-    """Environment, actor or machine were refused before the first step; the reason is ``__cause__``."""
 
 
 def train(

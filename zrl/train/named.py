@@ -7,8 +7,7 @@ or a module that the worker's own command line allows.
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,10 @@ import gymnasium as gym
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.spaces import describe
 from zrl.errors import ActorError, ConfigError, EnvError
-from zrl.nodes.worker import Recipe, WorkerJob, live
+from zrl.nodes.job import WorkerJob
+from zrl.nodes.worker import Recipe, live
 from zrl.protocol.messages import Welcome, printable
-
-_MODULE = r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
-_ENV = re.compile(rf"(?:(?P<module>{_MODULE}):)?[A-Za-z0-9_./-]+")
-_ACTOR = re.compile(rf"(?P<module>{_MODULE}):(?P<function>[A-Za-z_][A-Za-z0-9_]*)")
-OURS = "zrl.zoo"
+from zrl.train.allowed import ACTOR_NAME, ENV_NAME, Allowed
 
 
 @dataclass(frozen=True)
@@ -47,43 +43,13 @@ class EnvFactory:
             ) from e
 
 
-@dataclass(frozen=True)
-class Allowed:
-    """Modules that names may lead to besides `zrl.zoo`, their submodules included; None: all."""
-
-    modules: Sequence[str] | None = ()
-
-    def check(self, module: str, what: str) -> None:
-        """Raise a ConfigError unless `module` is allowed."""
-        if self.modules is None or any(module == m or module.startswith(m + ".") for m in (OURS, *self.modules)):
-            return
-        raise ConfigError(
-            f"{what}: the learner asks for the module {module!r}, which this worker may not import; if you trust it: "
-            f"--import {module}"
-        )
-
-
-def foreign_modules(env: str, actor: str) -> list[str]:
-    """The modules that a worker must be allowed to import for these names."""
-    ours = Allowed()
-    found = []
-    for match in (_ENV.fullmatch(env), _ACTOR.fullmatch(actor)):
-        module = match["module"] if match else None
-        if module and module not in found:
-            try:
-                ours.check(module, "")
-            except ConfigError:
-                found.append(module)
-    return found
-
-
 def env_factory(name: str, allowed: Allowed) -> EnvFactory:
     """The factory for an environment's name: a Gymnasium id, or ``module:id``.
 
     Raises:
         ConfigError: no name, or a module that is not allowed.
     """
-    match = _ENV.fullmatch(name)
+    match = ENV_NAME.fullmatch(name)
     if match is None:
         raise ConfigError(f"env: expected a Gymnasium id or module:id, not {printable(name)!r}")
     if match["module"]:
@@ -99,7 +65,7 @@ def make_named_actor(name: str, allowed: Allowed, factory: EnvFactory) -> BaseAc
         EnvError: the environment cannot be made.
         ActorError: the function raised, or made no actor.
     """
-    match = _ACTOR.fullmatch(name)
+    match = ACTOR_NAME.fullmatch(name)
     if match is None:
         raise ConfigError(f"actor: expected module:function, not {printable(name)!r}")
     allowed.check(match["module"], "actor")

@@ -12,7 +12,8 @@ from zrl import algo
 from zrl.collect.actor import BaseActorModule
 from zrl.config import TrainConfig
 from zrl.data.batch import Batch
-from zrl.train.named import Allowed, EnvFactory, make_named_actor
+from zrl.train.allowed import Allowed
+from zrl.train.named import EnvFactory, make_named_actor
 
 Update = Callable[[Batch], dict[str, float]]
 

@@ -1,0 +1,29 @@
+"""What a host tells a worker that it starts. Apart from `worker`, because hosts need not import torch for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zrl.data.memory import MemoryAddress
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """Who a worker is, and where it finds what it shares with its host and with the learner: plain values.
+
+    Attributes:
+        url: of the learner's ROUTER.
+        board_digest, board_nbytes: of the weights' manifest.
+    """
+
+    url: str
+    name: str
+    run_id: bytes
+    host: bytes
+    incarnation: bytes
+    index: int
+    generation: int
+    page: MemoryAddress
+    board: MemoryAddress
+    board_digest: bytes
+    board_nbytes: int
