@@ -12,7 +12,8 @@ import torch
 from zrl.config import ALGORITHMS, TrainConfig
 from zrl.errors import ConfigError, EnvError, PreflightError
 from zrl.train import checkpoint
-from zrl.train.loop import Status, evaluate_run, train
+from zrl.train.evaluation import evaluate_run
+from zrl.train.loop import Status, train
 from zrl.train.stop import Stopped
 
 

@@ -164,7 +164,7 @@ def _print_result(result: Result) -> None:
 
 
 def _print_evaluation(run: RunFolder, episodes: int, seed: int = 0) -> None:
-    from zrl.train.loop import evaluate_run
+    from zrl.train.evaluation import evaluate_run
 
     _, returns = evaluate_run(run, episodes, seed=seed)
     click.echo(

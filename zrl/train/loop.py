@@ -17,14 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from zrl.collect.actor import BaseActorModule
-from zrl.collect.evaluate import evaluate
 from zrl.config import TrainConfig
 from zrl.data.batch import Batch
 from zrl.errors import CheckpointError, ConfigError, PreflightError, WorkerError, ZrlError
 from zrl.rollout.same import usable_device
 from zrl.train import checkpoint
-from zrl.train.named import EnvFactory
 from zrl.train.plot import plot_return
 from zrl.train.rollouts import Rollout, make_rollout
 from zrl.train.run_folder import RunFolder
@@ -32,7 +29,6 @@ from zrl.train.setup import make_actor, make_optimizer, make_update
 from zrl.train.stop import Stopped, StopSignals
 
 WINDOW = 100  # episodes that the goal is measured over
-LONGEST_EPISODE = 27_000  # steps of an evaluation: half an hour of a game at 60 frames a second, four to a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,32 +264,3 @@ def _plot(run: RunFolder, config: TrainConfig) -> tuple[Path | None, str]:
     except (ConfigError, OSError) as e:
         return None, str(e)
     return target, ""
-
-
-def evaluate_run(run: RunFolder, episodes: int, *, seed: int | None = None) -> tuple[Path, list[float]]:
-    """Play a run's newest checkpoint greedily, one episode in each of `episodes` environments; gives their returns.
-
-    Episodes are cut at `LONGEST_EPISODE` steps.
-
-    Raises:
-        CheckpointError: no checkpoint can be read, or it does not fit the actor.
-        EnvError, ActorError, ConfigError: environment or actor cannot be made.
-    """
-    config = run.config()
-    path, state = checkpoint.newest(run.checkpoints)
-    actor = load_actor(config, state, path)
-    factory = EnvFactory(config.env)
-    with contextlib.ExitStack() as opened:
-        envs = [opened.enter_context(contextlib.closing(factory())) for _ in range(episodes)]
-        rewards = evaluate(envs, actor, n_steps=LONGEST_EPISODE, seed=seed)
-    return path, [float(x) for x in np.sum(rewards, axis=0)]
-
-
-def load_actor(config: TrainConfig, state: dict[str, Any], path: Path) -> BaseActorModule:
-    """The actor of a run in eval mode, with the weights of a checkpoint."""
-    actor = make_actor(config)
-    try:
-        actor.load_state_dict(state["weights"])
-    except RuntimeError as e:
-        raise CheckpointError(f"{str(path)!r} does not fit the actor of {config.env}: {e}") from e
-    return actor.eval()
