@@ -25,6 +25,7 @@ from tests.faults.world import (
     pid_of,
     rolling,
     seen,
+    settle,
     stamps,
     state,
     tell,
@@ -73,8 +74,8 @@ def test_in_mid_fragment(it: PipelineRollout, ledger: Ledger, tmp_path: Path) ->
 def test_between_fragments(it: PipelineRollout, ledger: Ledger) -> None:
     """It waits for slots, all of its own are filled: nothing is being made, so nothing is lost."""
     victim = kid_of(it, 0)
-    until(lambda: it.stats()["slots"]["worker"] == 0)
-    assert phase(victim) is Phase.WAIT
+    settle(it)
+    until(lambda: phase(victim) is Phase.WAIT)
     before = audit(it)
     pid = kill(victim)
     until(lambda: it.stats()["losses"] == {"signal": 1})

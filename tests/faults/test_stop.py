@@ -28,6 +28,7 @@ from tests.faults.world import (
     pid_of,
     rolling,
     seen,
+    settle,
     stamps,
     state,
     tell,
@@ -69,6 +70,7 @@ def test_stopped_while_it_waits_and_given_up(monkeypatch: pytest.MonkeyPatch) ->
     ledger = Ledger()
     with rolling(stamps()) as it:
         drive(it, ledger, lambda: both(ledger))
+        settle(it)
         until(lambda: all(phase(kid) is Phase.WAIT for kid in kids(it)))
         pid = kill(kid_of(it, 1), signal.SIGSTOP)
         until(lambda: state(pid) == "T")
@@ -171,6 +173,7 @@ def test_a_paused_learner_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     ledger = Ledger()
     with rolling(stamps(), stall_timeout=0.5, start_timeout=5, starve_timeout=0.5) as it:
         drive(it, ledger, lambda: both(ledger))
+        settle(it)
         until(lambda: all(phase(kid) is Phase.WAIT for kid in kids(it)))
         pids = [pid_of(kid) for kid in kids(it)]
         before, begin = [cpu_seconds(pid) for pid in pids], time.monotonic()

@@ -224,6 +224,13 @@ def drive(it: PipelineRollout, ledger: Ledger, until_: Callable[[], object], pat
         assert time.monotonic() < deadline, f"waited in vain; {it.stats()}"
 
 
+def settle(it: PipelineRollout) -> None:
+    """Wait until nothing moves any more, because nobody takes batches: one is copied, and all slots are ready."""
+    plan = it._collator.plan
+    most = plan.n_per_batch + sum(map(plan.slots_of, range(plan.n_workers)))
+    until(lambda: it.stats()["fragments"]["in_flight"] == most)
+
+
 def tell(folder: Path, trouble: str, pid: int, text: str = "") -> Path:
     """Tell the environments of this process to make trouble; the file by which it is told."""
     path = folder / f"{trouble}-{pid}"
