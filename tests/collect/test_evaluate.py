@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from tests.toys import Array, CountingActor, CountingEnv, DrawingEnv, RandomActor, SpoiltEnv, reward_of
-from zrl import ActorError, ConfigError, EnvError, evaluate
+from tests.toys import Array, CountingActor, CountingEnv, DrawingEnv, LambdaActor, RandomActor, SpoiltEnv, reward_of
+from zrl import ActorError, BaseActorModule, ConfigError, EnvError, evaluate
+from zrl.collect.evaluate import Played, Stage, play
+from zrl.collect.streams import RandomStreams
 from zrl.zoo import MLPActor
 
 
@@ -149,3 +153,98 @@ def test_bad_environments() -> None:
             evaluate([CountingEnv({9: "term"}), SpoiltEnv(3, spoil)], CountingActor(), n_steps=9)
         assert (e.value.env_index, e.value.leaf) == (1, leaf)
         assert found in e.value.found
+
+
+# -- play ------------------------------------------------------------------------------------------------------------
+
+
+def staged(envs: list[Any], actor: BaseActorModule | None = None) -> Stage:
+    stage = Stage(envs, actor or CountingActor(), torch.device("cpu"))
+    stage.begin()
+    return stage
+
+
+def test_every_environment_plays_its_number_of_episodes_however_long_they_are() -> None:
+    """While the first plays one, the second could play six; and the third has none to play."""
+    envs = [CountingEnv(limit=6), CountingEnv({1: "term", 3: "term"}), CountingEnv()]
+    stage = staged(envs)
+    played = play(stage, [1, 2, 0], 100)
+    assert played == Played([21.0, 1.0, reward_of(1, 1) + reward_of(1, 2)], [6, 1, 2], 0)
+    assert [env.n for env in envs] == [6, 3, 0]
+    assert stage.calls[0] == 6 + 3 + 4  # steps and resets
+
+
+def test_long_episodes_are_cut_and_counted() -> None:
+    """One that ends by itself with the last step that it may take is not cut."""
+    envs = [CountingEnv(), CountingEnv(limit=3), CountingEnv(limit=2)]
+    played = play(staged(envs), [2, 1, 1], 3)
+    second = sum(reward_of(1, step) for step in (1, 2, 3))
+    assert played == Played([6.0, second, 6.0, 3.0], [3, 3, 3, 2], 2)
+    assert [env.n for env in envs] == [6, 3, 2]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_new_episode_begins_with_a_new_state(nested: bool) -> None:
+    """The actor's state, last action and reward begin anew after an end and after a cut, and only there."""
+    envs = [CountingEnv({4: "term"}, column=j, nested=nested) for j in range(2)]
+    seen: list[list[tuple[float, bool, float]]] = []
+
+    def watch(obs: Any, act: Tensor, rew: Tensor, fin: Tensor, hx: Any) -> Any:
+        step = (obs["at"].there if nested else obs[..., 2])[0].float()
+        count = torch.zeros(1, fin.shape[1], 1) if hx is None else hx
+        seen.append(list(zip(step.tolist(), fin[0].tolist(), count[0, :, 0].tolist(), strict=True)))
+        return act * 0, count + 1, {"value": rew * 0}
+
+    stage = staged(envs, LambdaActor(watch))
+    seen.clear()  # what the probe showed
+    play(stage, [2, 1], 5)
+    episode = [(float(t), t == 0, float(t)) for t in range(5)]
+    assert [a for a, _ in seen] == [*episode[:4], *episode]
+    assert [b for _, b in seen[:4]] == episode[:4]
+
+
+def test_statistics_of_a_wrapper_count() -> None:
+    """It saw the rewards before others changed them."""
+    env = gym.wrappers.TransformReward(gym.wrappers.RecordEpisodeStatistics(CountingEnv(limit=2)), lambda r: -float(r))
+    assert play(staged([env]), [1], 100) == Played([3.0], [2], 0)
+    assert play(staged([env]), [1], 1).returns == [-reward_of(1, 1)]  # a cut one has none
+
+
+def test_equal_seeds_and_states_give_equal_episodes() -> None:
+    envs = [DrawingEnv(), DrawingEnv()]
+    stage = Stage(envs, RandomActor(), torch.device("cpu"))
+
+    def played(seed: int) -> Played:
+        with RandomStreams(seed).active():
+            stage.begin([seed, seed + 1])
+            return play(stage, [3, 2], 50)
+
+    first = played(5)
+    assert len(set(first.returns)) == 5
+    assert played(6) != first
+    assert played(5) == first
+
+
+def test_a_learnt_initial_state_is_taken_anew() -> None:
+    class Starting(BaseActorModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.start = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, *, hx: Any = None) -> Any:
+            h = self.start.expand(1, fin.shape[1], 1) if hx is None else hx
+            return h[..., 0].long(), h, {"value": rew}
+
+        def reset(self, j: int, hx: Any) -> Any:
+            h = hx.clone()
+            h[:, j] = self.start
+            return h
+
+    env, actor = CountingEnv(limit=1), Starting()
+    stage = staged([env], actor)
+    play(stage, [2], 9)
+    with torch.no_grad():
+        actor.start.fill_(3.0)
+    stage.begin()
+    play(stage, [2], 9)
+    assert env.actions == [1, 1, 3, 3]

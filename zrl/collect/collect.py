@@ -264,7 +264,7 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
         nxt.term[j] = terminated
         ret, length = ctx.returns[j], after - ctx.starts[j]
         if "episode" in info:
-            ret, length = _episode_statistics(j, info["episode"], ret, length)
+            ret, length = episode_statistics(j, info["episode"], ret, length)
         nxt.ep_return[j], nxt.ep_length[j] = ret, length
         ctx.returns[j] = 0.0
         ctx.starts[j] = after
@@ -289,7 +289,7 @@ def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, hx: Any) -> An
     return hx
 
 
-def _episode_statistics(j: int, episode: Any, ret: float, length: int) -> tuple[float, int]:
+def episode_statistics(j: int, episode: Any, ret: float, length: int) -> tuple[float, int]:
     """Return and length of an episode: what ``info["episode"]`` says counts, because wrappers change rewards."""
     if not isinstance(episode, dict) or "r" not in episode or "l" not in episode:
         return ret, length

@@ -110,6 +110,7 @@ class PlainColumns:
             if seed is not None:
                 env.action_space.seed(seed)  # so that environments that sample from it repeat themselves
             self._write_obs.write_one(j, reset_env(env, j, seed), row.obs, "reset")
+            self.calls[0] += 1
             shorten(env)
         self._seeds = []
         self._steps = [env.step for env in self._envs]
