@@ -20,6 +20,7 @@ PUBLIC = {
         "EnvError",
         "Episode",
         "FragmentMeta",
+        "MissingExtraError",
         "PreflightError",
         "ProcessError",
         "ProtocolError",

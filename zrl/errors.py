@@ -2,6 +2,7 @@
 
     ZrlError
     ├── ConfigError          a setting, an argument or a combination of them makes no sense (also a ValueError)
+    │   └── MissingExtraError  it needs a package that is not installed
     ├── RecordError          what an environment or an actor gives cannot be recorded
     │   ├── EnvError         an environment: its factory, its spaces, `reset` or `step`
     │   └── ActorError       an actor: its outputs, its state, its manners
@@ -27,6 +28,10 @@ class ZrlError(Exception):
 
 class ConfigError(ZrlError, ValueError):
     """A setting, an argument or a combination of them makes no sense."""
+
+
+class MissingExtraError(ConfigError):
+    """What was asked for needs a package that is not installed; the message says how to install it."""
 
 
 class RecordError(ZrlError):

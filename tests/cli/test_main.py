@@ -123,30 +123,3 @@ def test_a_signal_stops_cleanly_with_a_checkpoint(tmp_path: Path, signum: signal
     assert f"stopped by {signum.name}" in output
     assert "Traceback" not in output
     assert list(tmp_path.glob("*/checkpoints/step_*.pt"))
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_evaluation(tmp_path: Path, signum: signal.Signals) -> None:
-    assert (
-        run("train", "CartPole-v1", *SMALL, "--steps", "64", "--eval-episodes", "0", "--runs", str(tmp_path)).exit_code
-        == 0
-    )
-    (folder,) = tmp_path.iterdir()
-    code = (
-        "import os, threading\n"
-        "from zrl.cli import main\n"
-        "import zrl.train.loop as loop\n"
-        "def forever(*args, **kwargs):\n"
-        "    print('evaluating', flush=True)\n"
-        "    while True: pass\n"
-        "loop.evaluate = forever\n"
-        "main()\n"
-    )
-    words = [sys.executable, "-c", code, "eval", str(folder)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "evaluating\n"
-        os.kill(process.pid, signum)
-        output, _ = process.communicate(timeout=20)
-    assert process.returncode == 128 + signum, output
-    assert output == ""

@@ -5,38 +5,27 @@ What needs torch is imported where a verb begins its work: help and completion m
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import statistics
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import zrl
+from zrl.cli.check import check_command
+from zrl.cli.eval import eval_command, print_evaluation
+from zrl.cli.failures import EXIT_FAILED, EXIT_USAGE, Failure, failures
 from zrl.cli.options import config_options
+from zrl.cli.plot import plot_command
 from zrl.cli.progress import reporter
 from zrl.cli.worker import worker_command
 from zrl.config import TrainConfig
-from zrl.errors import ConfigError, PreflightError, StarvationError, WorkerError, ZrlError
+from zrl.errors import ConfigError
 from zrl.train.allowed import foreign_modules
-from zrl.train.run_folder import RunFolder
-from zrl.train.stop import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from zrl.train.loop import Result
     from zrl.train.rollouts import Rollout
-
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_WORKERS, EXIT_PREFLIGHT = 1, 2, 4, 5
-
-
-class Failure(click.ClickException):
-    """An error that ends the command: one message, one exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code  # type: ignore[misc]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -104,7 +93,7 @@ def _train(env: str, eval_episodes: int, require_goal: bool, listen: str = "", *
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
     from zrl.train.loop import train
 
-    with _failures() as signals:
+    with failures() as signals:
         with reporter(config.steps) as report:
             result = train(
                 config,
@@ -117,7 +106,7 @@ def _train(env: str, eval_episodes: int, require_goal: bool, listen: str = "", *
         _print_result(result)
         if eval_episodes and not result.outcome.startswith("SIG"):
             with signals.interruptible():
-                _print_evaluation(result.run, eval_episodes)
+                print_evaluation(result.run, eval_episodes)
     if result.outcome.startswith("SIG"):
         raise SystemExit(128 + signal.Signals[result.outcome])
     if require_goal and result.outcome != "goal":
@@ -129,24 +118,6 @@ def _print_how_to_connect(config: TrainConfig, rollout: Rollout) -> None:
     click.echo("start workers with:")
     for url in getattr(rollout, "urls", []):
         click.echo(f"  zrl worker --connect {url}{imports} --count {config.workers}")
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[StopSignals]:
-    """What ends a verb, as a message and an exit code."""
-    try:
-        with StopSignals() as signals:
-            yield signals
-    except Stopped as e:
-        raise SystemExit(128 + e.signum) from e
-    except PreflightError as e:
-        raise Failure(str(e), EXIT_PREFLIGHT) from e
-    except ConfigError as e:
-        raise Failure(str(e), EXIT_USAGE) from e
-    except (WorkerError, StarvationError) as e:
-        raise Failure(str(e), EXIT_NO_WORKERS) from e
-    except ZrlError as e:
-        raise Failure(str(e), EXIT_FAILED) from e
 
 
 def _print_result(result: Result) -> None:
@@ -163,23 +134,5 @@ def _print_result(result: Result) -> None:
     click.echo(f"  plot        {result.plot or 'none: ' + result.plot_problem}")
 
 
-def _print_evaluation(run: RunFolder, episodes: int, seed: int = 0) -> None:
-    from zrl.train.evaluation import evaluate_run
-
-    _, returns = evaluate_run(run, episodes, seed=seed)
-    click.echo(
-        f"  greedy      {episodes} episodes: mean return {statistics.fmean(returns):.1f}, minimum {min(returns):.1f}"
-    )
-
-
-@main.command("eval")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--episodes", type=click.IntRange(1), default=20, show_default=True, help="episodes to play")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="of the first episode")
-def eval_command(run: Path, episodes: int, seed: int) -> None:
-    """Play the newest checkpoint of the run folder RUN greedily, and print mean and minimum of the returns."""
-    with _failures() as signals, signals.interruptible():
-        _print_evaluation(RunFolder.open(run), episodes, seed)
-
-
-main.add_command(worker_command)
+for command in (check_command, eval_command, plot_command, worker_command):
+    main.add_command(command)
