@@ -17,6 +17,7 @@ import click
 import zrl
 from zrl.cli.options import config_options
 from zrl.cli.progress import reporter
+from zrl.cli.watch import status_command, top_command
 from zrl.cli.worker import worker_command
 from zrl.config import TrainConfig
 from zrl.errors import ConfigError, PreflightError, StarvationError, WorkerError, ZrlError
@@ -44,7 +45,7 @@ class Failure(click.ClickException):
 def main() -> None:
     """Collect reinforcement learning rollouts, and train with them.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 3 learner lost (worker), 4 too few workers left, 5 environment, actor or
+    Exit codes: 0 done, 1 failed, 2 usage, 3 no learner, 4 too few workers left, 5 environment, actor or
     machine refused before the first step, 130 or 143 stopped by SIGINT or SIGTERM; a checkpoint is saved, if there was
     an update.
     """
@@ -182,4 +183,5 @@ def eval_command(run: Path, episodes: int, seed: int) -> None:
         _print_evaluation(RunFolder.open(run), episodes, seed)
 
 
-main.add_command(worker_command)
+for verb in (worker_command, status_command, top_command):
+    main.add_command(verb)
