@@ -233,3 +233,25 @@ def test_fetch_and_broken_connections() -> None:
     assert peers.unreachable(b"w")[0] == Lost(WORKER, 1, "unreachable")
     assert peers.unreachable(b"h") == [HostLost(HOST, "left", "unreachable")]
     assert peers.unreachable(b"h") == peers.revoke(WORKER, "x") == []
+
+
+def test_what_a_beat_says_of_a_worker_is_kept_and_when_its_calls_moved() -> None:
+    peers = make()
+    worker = peers.workers[WORKER]
+    assert (worker.beat, worker.phase, worker.moved) == (None, "build", 0.0)
+
+    def beat(now: float, calls: int, phase: str, host: bytes = HOST, peer: bytes = b"h") -> None:
+        child = m.ChildBeat(WORKER, calls, m.PHASES.index(phase), 3, 4)
+        assert peers.receive(peer, m.Beat(RUN, host, (child,)), now) == []
+        assert host != HOST or worker.beat == child
+
+    beat(1.0, 0, "build")
+    assert (worker.phase, worker.moved) == ("build", 0.0)
+    beat(2.0, 7, "collect")
+    beat(3.0, 7, "wait")
+    assert (worker.phase, worker.moved) == ("wait", 2.0)
+    beat(4.0, 8, "collect")
+    assert worker.moved == 4.0
+    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 5.0)
+    beat(6.0, 9, "adopt", OTHER, b"o")  # not its host
+    assert (worker.phase, worker.moved) == ("collect", 4.0)

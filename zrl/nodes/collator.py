@@ -5,8 +5,8 @@
                                                     own host     └─copied──┘
 
 All that is decided is decided by the pure tables of `zrl.protocol`: what comes in is handed to them, and the commands
-that they return are carried out here, in their order. Everything but `start`, `advance`, `stats` and `close` runs on
-the loop's thread.
+that they return are carried out here, in their order. Everything but `start`, `advance`, `stats`, `status` and
+`close` runs on the loop's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
 import threading
 import time
@@ -34,7 +33,7 @@ from zrl.data.memory import Memory, MemoryAddress, boot_id
 from zrl.data.ring import Ring
 from zrl.data.spec import FragmentSpec
 from zrl.errors import ProtocolError, RecordError, SharedMemoryError, StarvationError, ZrlError
-from zrl.metrics import StageTimes
+from zrl.metrics import History, Recent, Situation, StageTimes, Totals, verdict
 from zrl.net.addresses import pub_url
 from zrl.net.codec import TOPIC_STATUS, decode, encode
 from zrl.net.endpoint import Endpoint
@@ -44,6 +43,7 @@ from zrl.nodes.feed import Feed
 from zrl.nodes.host import Host, Patience, RunInfo
 from zrl.nodes.limits import raise_descriptor_limit
 from zrl.nodes.publisher import Publisher
+from zrl.nodes.status import Learner, cores, document, frame, rows_of
 from zrl.protocol import messages as m
 from zrl.protocol import peers as p
 from zrl.protocol import schedule as s
@@ -132,6 +132,7 @@ class Collator:
         feed: where the batches come out.
         urls: of the ROUTER, that in `run_dir` first; after `start`.
         slots: the books; `slots.newest` is set by the user's thread before it publishes.
+        learner: what the user's thread has done; written by that thread.
     """
 
     def __init__(
@@ -151,6 +152,11 @@ class Collator:
         self.waited = 0.0  # seconds that workers waited for slots
         self.losses: Counter[str] = Counter()
         self.stale: Counter[int] = Counter()  # fragments dropped as too old, by worker: the stragglers
+        self.learner = Learner()
+        self._began = time.monotonic()
+        self._history = History()
+        self._recent = Recent()  # as of the last tick
+        self._cores = cores()
         self._odd = 0
         self._run_dir = run_dir
         self._own = own
@@ -191,13 +197,21 @@ class Collator:
 
     def stats(self, timeout: float = 5.0) -> dict[str, Any]:
         """Where everything is, see `_stats`; of the last moment, where the collator has ended."""
+        return self._asked(self._stats, timeout)
+
+    def status(self, timeout: float = 5.0) -> dict[str, Any]:
+        """What the topic of this name says; of the last moment, where the collator has ended."""
+        return self._asked(self._status, timeout)
+
+    def _asked(self, figures: Callable[[], dict[str, Any]], timeout: float) -> dict[str, Any]:
+        """What `figures` says on the loop's thread; empty where that does not answer in time."""
         answer: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
-        self._post(lambda: answer.set_result(self._stats()))
+        self._post(lambda: answer.set_result(figures()))
         deadline = time.monotonic() + timeout
         while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(TimeoutError):
                 return answer.result(0.05)  # it may be about to end, and not answer any more
-        return {} if self._thread.is_alive() else self._stats()
+        return {} if self._thread.is_alive() else figures()
 
     def is_own_thread(self) -> bool:
         """Whether this is called from a thread of the collator's, which cannot close it."""
@@ -374,15 +388,12 @@ class Collator:
         if self._host is not None:
             self._host.tick(now)
         self._check_starvation(now)
-        status = {"run_id": self.publisher.run_id.hex(), "version": self.publisher.version}
-        send(self._pub, TOPIC_STATUS + json.dumps(status).encode())
+        self._recent = self._history.look(self._totals(now))
+        send(self._pub, TOPIC_STATUS + frame(self._status()))
 
     def _check_starvation(self, now: float) -> None:
         """Too few slots for a batch, counting those of workers that are being built."""
-        workers = self.peers.workers
-        building = [w.index for w in workers.values() if w.state in (State.WELCOMED, State.ATTACHING)]
-        if self._host is not None:
-            building += [kid.index for kid in self._host.kids.values() if kid.incarnation not in workers]
+        building = self._building()
         rings = [len(ring.states) for ring in self.slots.live()]
         alive = len(rings) + len(building)
         slots = sum(rings) + sum(self.plan.slots_of(index) for index in building)
@@ -402,6 +413,14 @@ class Collator:
                     f"{self.plan.n_per_batch} slots; workers lost so far: {_listed(self.losses) or 'none'}"
                 )
             )
+
+    def _building(self) -> list[int]:
+        """Indices of the workers that are about to come."""
+        workers = self.peers.workers
+        building = [w.index for w in workers.values() if w.state in (State.WELCOMED, State.ATTACHING)]
+        if self._host is not None:
+            building += [kid.index for kid in self._host.kids.values() if kid.incarnation not in workers]
+        return building
 
     # ── what is to be done ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -592,7 +611,62 @@ class Collator:
             "env_steps": int(times.pop("n_env_steps")),
             "seconds": {**times, "wait": self.waited, "copy": feed.copy_seconds},
             "waiting_for": self.scheduler.waiting_for(),
+            "peers": rows_of(self.peers, slots, time.monotonic()),
+            **self._recent.as_dict(),
+            "verdict": verdict(self._situation()),
         }
+
+    def _status(self) -> dict[str, Any]:
+        stats = self._stats()
+        seconds = {**stats["seconds"], **self.learner.seconds()}
+        return document(
+            {**stats, **self.learner.figures(), "seconds": seconds},
+            self.learner,
+            run_id=self.publisher.run_id.hex(),
+            lag=self._recent.lag,
+            time=time.time(),
+            uptime=time.monotonic() - self._began,
+            url=self.urls[0] if self.urls else "",
+        )
+
+    def _totals(self, now: float) -> Totals:
+        slots, workers = self.slots, self.peers.workers
+        live = [ring.incarnation for ring in slots.live()]
+        return Totals(
+            now,
+            workers=len(live),
+            waiting=sum(i in workers and workers[i].phase == "wait" for i in live),
+            stages=self.times.as_dict(),
+            wait=self.waited,
+            learner=self.learner.clock.read(now),
+            gather=self.feed.stats.copy_seconds,
+            fragments=slots.counters["committed"],
+            batches=self.learner.batches,
+            lags=dict(self.learner.lags),
+            stale=slots.dropped["stale"] + slots.dropped["stale batch"],
+            stale_by=dict(self.stale),
+        )
+
+    def _situation(self) -> Situation:
+        n_workers = len(list(self.slots.live()))
+        return Situation(
+            recent=self._recent,
+            workers=n_workers,
+            max_lag=self.plan.max_lag,
+            cores=self._cores if all(host.local for host in self.peers.hosts.values()) else None,
+            no_batch=self.learner.clock.waiting(),
+            why=self.scheduler.waiting_for() if n_workers else self._why_no_worker(),
+            had_workers=self.slots.counters["committed"] > 0,
+        )
+
+    def _why_no_worker(self) -> str:
+        if building := len(self._building()):
+            return f"{building} {'is' if building == 1 else 'are'} being started"
+        if self.losses:
+            return f"lost so far: {_listed(self.losses)}; their logs say why"
+        if not self.peers.hosts:
+            return f"start some: zrl worker --connect {self.urls[0]}"
+        return "they are being started"
 
 
 class _Refusal(Exception):

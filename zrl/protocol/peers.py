@@ -97,7 +97,12 @@ class Host:
 
 @dataclass(slots=True)
 class Worker:
-    """A welcomed worker."""
+    """A welcomed worker.
+
+    Attributes:
+        beat: what its host said of it last; None before the first Beat.
+        moved: when its calls of environments were last seen to have moved, or it was welcomed.
+    """
 
     peer: bytes
     incarnation: bytes
@@ -107,6 +112,19 @@ class Worker:
     state: State = State.NEW
     disagree: tuple[int, ...] = ()  # its counts and ours, when they last differed
     disagree_since: float = 0.0
+    beat: m.ChildBeat | None = None
+    moved: float = 0.0
+
+    @property
+    def phase(self) -> str:
+        """One of `zrl.protocol.messages.PHASES`, as of the last Beat."""
+        return m.PHASES[self.beat.phase if self.beat is not None else 0]
+
+    def beats(self, beat: m.ChildBeat, now: float) -> None:
+        """Its host says this."""
+        if beat.calls != (self.beat.calls if self.beat is not None else 0):
+            self.moved = now
+        self.beat = beat
 
 
 #: (Readys accepted, Releases sent) of a live incarnation: `SlotTable.books`.
@@ -193,7 +211,7 @@ class Peers:
             return self._ignore("unexpected")
         if self.draining:
             return self._reject(peer, hello, "draining", "this run is about to end")
-        return self._hello_host(peer, hello, now) if hello.role == "host" else self._hello_worker(peer, hello)
+        return self._hello_host(peer, hello, now) if hello.role == "host" else self._hello_worker(peer, hello, now)
 
     def _hello_host(self, peer: bytes, hello: m.Hello, now: float) -> list[Command]:
         commands: list[Command] = []
@@ -214,7 +232,7 @@ class Peers:
         self._peers[peer] = self.hosts[host.incarnation] = host
         return [*commands, self._welcome(host)]
 
-    def _hello_worker(self, peer: bytes, hello: m.Hello) -> list[Command]:
+    def _hello_worker(self, peer: bytes, hello: m.Hello, now: float) -> list[Command]:
         host = self.hosts.get(hello.host)
         if host is None or host.state is not State.WELCOMED:
             return self._reject(peer, hello, "unknown_host", "its host is not welcomed", retry=True)
@@ -222,7 +240,7 @@ class Peers:
             return self._ignore("unexpected")
         if hello.index in host.workers:  # its host has yet to say what became of it
             return self._reject(peer, hello, "name_taken", f"a worker {hello.index} is alive", retry=True)
-        worker = Worker(peer, hello.incarnation, host, hello.index, hello.generation)
+        worker = Worker(peer, hello.incarnation, host, hello.index, hello.generation, moved=now)
         self._step(worker, Event.HELLO)
         self._peers[peer] = self.workers[worker.incarnation] = host.workers[worker.index] = worker
         return [self._welcome(worker)]
@@ -255,8 +273,11 @@ class Peers:
         commands: list[Command] = []
         for child in beat.children:
             worker = self.workers.get(child.incarnation)
+            if worker is None or worker.host is not host:
+                continue
+            worker.beats(child, now)
             ours = books(child.incarnation) if books else None
-            if worker is None or worker.host is not host or ours is None:
+            if ours is None:
                 continue
             received = child.received if child.phase == WAITING else ours[1]
             counts = (child.sent, received, *ours)

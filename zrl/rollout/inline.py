@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +20,7 @@ from zrl.data.weights import WeightsPacker
 from zrl.errors import ClosedError
 from zrl.nodes.buffers import HostBuffers
 from zrl.rollout.aging import Aging
+from zrl.rollout.alone import Alone
 from zrl.rollout.same import private_copy
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class InlineRollout:
         self._n_yielded = self._n_made = 0
         self._interrupted: Context | None = None
         self._aging = Aging() if o.debug else None
+        self._alone = Alone()
         self._closed = ""
         self._final: dict[str, Any] = {}  # the figures at the end
         with contextlib.ExitStack() as undo:
@@ -93,6 +96,12 @@ class InlineRollout:
             ClosedError: it was closed before.
         """
         self._check_open()
+        if self._alone.due():
+            self._alone.look(self.stats(), sum(self._seqs), self._n_yielded)
+        with self._alone.collecting():
+            return self._next()
+
+    def _next(self) -> Batch:
         try:
             if self._n_yielded and self._options.auto_publish:
                 self.publish()
@@ -130,9 +139,10 @@ class InlineRollout:
     def publish(self) -> int:
         """Let the weights of the learner act from the next fragment on; returns their version."""
         self._check_open()
-        self._learner.pack(self._flat)
-        for acting in self._acting:
-            acting.unpack(self._flat)
+        with self._alone.learner.clock.during("publish"):
+            self._learner.pack(self._flat)
+            for acting in self._acting:
+                acting.unpack(self._flat)
         self.version += 1
         return self.version
 
@@ -152,9 +162,23 @@ class InlineRollout:
             "seconds": total,
         }
 
+    def status(self) -> dict[str, Any]:
+        """`stats` as plain JSON, where the time goes, and what `annotate` was given; the keys are those of
+        `zrl.rollout.pipeline.PipelineRollout.status`, as far as they make sense here."""
+        return self._alone.status(self.stats(), sum(self._seqs), self._n_yielded)
+
+    def annotate(self, note: Mapping[str, Any]) -> None:
+        """Say something about the training, for `status`: see `zrl.rollout.pipeline.PipelineRollout.annotate`.
+
+        Raises:
+            ConfigError: it is no plain JSON, or too much.
+        """
+        self._alone.learner.annotate(note)
+
     def close(self) -> None:
         """Close the environments, unless ``close=False`` was given. Batches already yielded stay as they are."""
         self._final = self._final or self.stats()
+        self._alone.learner.clock.stop()
         self._closed = self._closed or " "
         if self._options.close:
             with contextlib.ExitStack() as every:

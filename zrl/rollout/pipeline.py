@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,7 +31,8 @@ logger = logging.getLogger("zrl")
 class PipelineRollout:
     """An iterator over batches, and a context manager that closes it.
 
-    One thread at a time may call ``next()``; `publish`, `stats` and `close` may be called from any thread.
+    One thread at a time may call ``next()``; `publish`, `stats`, `status`, `annotate` and `close` may be called from
+    any thread.
 
     Attributes:
         entropy: the seed of the run.
@@ -45,10 +46,8 @@ class PipelineRollout:
         self._max_lag = collator.plan.max_lag
         self._auto_publish = auto_publish
         self._aging = Aging() if debug else None
-        self._lags: Counter[int] = Counter()
-        self._n_yielded = 0
+        self._learner = collator.learner
         self._publish_due = False  # a batch was yielded since; a call that was interrupted is not followed by another
-        self._wait_seconds = 0.0
         self._why_closed = ""
         self._requested = False  # a batch is wanted and was not taken yet
         self._publishing = threading.Lock()
@@ -79,6 +78,7 @@ class PipelineRollout:
             ClosedError: it was closed before.
         """
         self._check_open()
+        self._learner.clock.enter("wait")
         try:
             with torch.inference_mode(False):  # the user may be inside of it
                 return self._next()
@@ -89,12 +89,16 @@ class PipelineRollout:
             self._why_closed = f" after {describe(e)}"
             self.close()
             raise
+        finally:
+            self._learner.clock.enter("train")
 
     def _next(self) -> Batch:
         if self._publish_due and self._auto_publish:
+            self._learner.clock.enter("publish")
             with Uninterrupted():
-                self.publish()
+                self._publish()
                 self._publish_due = False
+            self._learner.clock.enter("wait")
         started = time.monotonic()
         complain_at = started + FIRST_COMPLAINT
         while (batch := self._commit()) is None:
@@ -105,7 +109,6 @@ class PipelineRollout:
             complain_at = now + NEXT_COMPLAINTS
             why = self._collator.stats().get("waiting_for", "the collator does not answer")
             logger.warning("starved: no batch for %.0f s: %s", now - started, why)
-        self._wait_seconds += time.monotonic() - started
         return self._aging(batch) if self._aging is not None else batch
 
     def _commit(self) -> Batch | None:
@@ -125,10 +128,10 @@ class PipelineRollout:
                 if not self._requested:
                     self._request()
                 return None
-            self._n_yielded += 1
+            self._learner.batches += 1
             self._publish_due = True
             batch = filled.batch(version)
-            self._lags.update(batch.lag)
+            self._learner.lags.update(batch.lag)
             return batch
 
     def _request(self) -> None:
@@ -142,6 +145,10 @@ class PipelineRollout:
             WeightsError: the actor is not what it was.
             ClosedError: it was closed before.
         """
+        with self._learner.clock.during("publish"):
+            return self._publish()
+
+    def _publish(self) -> int:
         with Uninterrupted(), self._publishing:
             self._check_open()
             version = self._publisher.publish(self._announce)
@@ -158,14 +165,28 @@ class PipelineRollout:
         and in flight (committed = consumed + dropped + in flight); ``dropped`` and ``refused`` by reason; ``workers``
         alive, ``hosts``, ``replaced``, ``losses`` by cause; ``stale``: dropped as too old, by worker; ``lag``: how many
         fragments had each; ``env_steps``; ``seconds`` by stage, over all workers, with ``wait`` for slots, and of the
-        learner ``copy`` and ``learner_wait``, for batches; ``waiting_for``: in words. docs/collecting.md explains every
-        key.
+        learner ``copy``, ``learner_wait`` for batches, ``publish`` and ``train``; ``waiting_for``: in words; ``peers``:
+        each worker; ``shares`` and ``rates`` of the last seconds, and ``verdict``: what the run waits for, in words.
+        docs/collecting.md explains every key.
         """
         stats = self._collator.stats()
-        stats["batches"] = self._n_yielded
-        stats["lag"] = dict(sorted(self._lags.items()))
-        stats.setdefault("seconds", {})["learner_wait"] = self._wait_seconds
+        stats.update(self._learner.figures())
+        stats.setdefault("seconds", {}).update(self._learner.seconds())
         return stats
+
+    def status(self) -> dict[str, Any]:
+        """The document that the learner publishes every second: `stats` as plain JSON, and what `annotate` was given.
+        docs/protocol.md has its keys; empty, where the collator does not answer."""
+        return self._collator.status()
+
+    def annotate(self, note: Mapping[str, Any]) -> None:
+        """Say something about the training, for `status` and whoever looks at it: the key ``training``. Plain JSON of
+        at most 16 KiB, replaced by the next call.
+
+        Raises:
+            ConfigError: it is not; names the place.
+        """
+        self._learner.annotate(note)
 
     def close(self) -> None:
         """End the workers and everything that belongs to them, within 5 s. Idempotent, and when it returns, it is done,
@@ -173,6 +194,7 @@ class PipelineRollout:
         self._closer()
         # once more: waits for another thread that closes, and goes on where one was interrupted
         _close(self._collator, self._publisher, self._pid)
+        self._learner.clock.stop()
 
     def _check_open(self) -> None:
         if not self._closer.alive:

@@ -23,6 +23,7 @@ from zrl.data.fragment import Slot
 from zrl.data.weights import WeightsManifest, WeightsPacker, unwrap
 from zrl.errors import ActorError, ClosedError, ConfigError
 from zrl.rollout.aging import Aging
+from zrl.rollout.alone import Alone
 
 N_SLOTS = 2  # the batch in the user's hands, and the one before it, which stays valid until the next-but-one next()
 
@@ -136,6 +137,7 @@ class SameRollout:
             nbytes = N_SLOTS * self._ctx.spec.nbytes
             raise ConfigError(f"n_steps, n_envs: {N_SLOTS} fragments need {nbytes:,} bytes, which cannot be had") from e
         self._aging = Aging()
+        self._alone = Alone()
         self._auto_publish = auto_publish
         self._close_envs = close
         self._why_closed = ""
@@ -153,6 +155,12 @@ class SameRollout:
             ClosedError: it was closed before.
         """
         ctx = self._open()
+        if self._alone.due():
+            self._alone.look(self.stats(), self._n_fragments, self._n_fragments)
+        with self._alone.collecting():
+            return self._next(ctx)
+
+    def _next(self, ctx: Context) -> Batch:
         try:
             if self._auto_publish and self._n_fragments + self._n_lost:
                 self.publish()
@@ -189,8 +197,9 @@ class SameRollout:
     def publish(self) -> int:
         """Let the weights of the learner act from the next fragment on; returns their version."""
         self._open()
-        self._learner.pack(self._weights)
-        self._acting.unpack(self._weights)
+        with self._alone.learner.clock.during("publish"):
+            self._learner.pack(self._weights)
+            self._acting.unpack(self._weights)
         self.version += 1
         return self.version
 
@@ -206,6 +215,19 @@ class SameRollout:
             "seconds": {name: x for name, x in times.items() if name != "n_env_steps"},
         }
 
+    def status(self) -> dict[str, Any]:
+        """`stats` as plain JSON, where the time goes, and what `annotate` was given; the keys are those of
+        `zrl.rollout.pipeline.PipelineRollout.status`, as far as they make sense here."""
+        return self._alone.status(self.stats(), self._n_fragments, self._n_fragments)
+
+    def annotate(self, note: Mapping[str, Any]) -> None:
+        """Say something about the training, for `status`: see `zrl.rollout.pipeline.PipelineRollout.annotate`.
+
+        Raises:
+            ConfigError: it is no plain JSON, or too much.
+        """
+        self._alone.learner.annotate(note)
+
     def _open(self) -> Context:
         if self._ctx is None:
             raise ClosedError(f"this collector was closed{self._why_closed}; make a new one")
@@ -217,6 +239,7 @@ class SameRollout:
         if ctx is None:
             return
         self._final_times = ctx.times.as_dict()
+        self._alone.learner.clock.stop()
         if self._close_envs:
             ctx.columns.close()
 
