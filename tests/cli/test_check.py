@@ -232,9 +232,9 @@ def test_an_actor_by_name() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--env-kwargs", "[1]"], "is no JSON object such as"),
-        (["--env-kwargs", "{"], "is no JSON object such as"),
-        (["--envs", "5", "--workers", "2"], "n_envs: expected a multiple of the 2 workers, not 5"),
+        (["--env-kwargs", "[1]"], "--env-kwargs: expected a JSON object"),
+        (["--env-kwargs", "{"], "--env-kwargs: expected a JSON object"),
+        (["--envs", "5", "--workers", "2"], "envs: expected a multiple of the 2 workers, not 5"),
         (["--actor", "zrl.zoo:Nobody"], "has no function 'Nobody'"),
         (["--actor", "no"], "actor: expected module:function"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.faults.world import impatient
 from zrl.cli import main
 
 ZRL = [sys.executable, "-c", "from zrl.cli import main; main()"]
@@ -53,7 +54,21 @@ def test_a_missed_goal_fails_if_it_is_required(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["train"], 2, "Missing argument 'ENV'"),
+        (["train"], 2, "ENV: expected a Gymnasium id such as CartPole-v1"),
+        (["train", "CartPole-v1", "--config", "nowhere.toml"], 2, "'nowhere.toml' cannot be read: No such file"),
+        (["train", "nowhere.toml"], 2, "'nowhere.toml' cannot be read: No such file"),
+        (["train", "CartPole-v1", "--set", "stepz=1"], 2, "--set stepz: no such setting; did you mean steps?"),
+        (["train", "CartPole-v1", "--set", "steps"], 2, "--set: expected KEY=VALUE, not 'steps'"),
+        (["train", "CartPole-v1", "--envs", "4", "--set", "envs=4"], 2, "--set envs: given twice"),
+        (["train", "CartPole-v1", "--env-kwargs", "{"], 2, "--env-kwargs: expected a JSON object"),
+        (["train", "CartPole-v1", "--env-kwargs", '{"colour": 1}'], 5, "Gymnasium cannot make 'CartPole-v1'"),
+        (["train", "CartPole-v1", "--batch", "3"], 2, "batch: with max_lag=0"),
+        (["train", "CartPole-v1", "--eval-every", "9", "--eval-episodes", "0"], 2, "eval_every: needs eval_episodes"),
+        (["train", "CartPole-v1", "--actor", "MyActor"], 5, "actor: expected module:function, not 'MyActor'"),
+        (["train", "CartPole-v1", "--actor", "no.where:Actor"], 5, "the module 'no.where' cannot be imported"),
+        (["train", "CartPole-v1", "--actor", "zrl.zoo:Actor"], 5, "'zrl.zoo' has no function 'Actor'"),
+        (["train", "--resume", "/nowhere"], 2, "is no run folder"),
+        (["train", "CartPole-v1", "--workers", "-1"], 2, "workers: expected at least 0, not -1"),
         (["train", "CartPole-v1", "--algo", "dqn"], 2, "'dqn' is not one of"),
         (["train", "CartPole-v1", "--steps", "many"], 2, "not a whole number such as"),
         (["train", "CartPole-v1", "--steps", "inf"], 2, "not a whole number such as"),
@@ -67,6 +82,13 @@ def test_a_missed_goal_fails_if_it_is_required(tmp_path: Path) -> None:
         (["train", "CartPole-v1", "--device", "cuda:99"], 5, "device: 'cuda:99' cannot be used"),
         (["train", "CartPole-v1", "--runs", "/proc/nowhere"], 5, "cannot write a run folder"),
         (["eval", "/nowhere"], 2, "is no run folder"),
+        (["plot"], 2, "RUN"),
+        (["plot", "/nowhere"], 2, "is no run folder"),
+        (["check", "NoSuchThing-v0"], 5, "NoSuchThing-v0"),
+        (["status", "nonsense"], 2, "nonsense"),
+        (["top", "nonsense"], 2, "nonsense"),
+        (["worker"], 2, "Missing option '--connect'"),
+        (["worker", "--connect", "ipc:///x", "--env-kwargs", "3"], 2, "--env-kwargs: expected a JSON object"),
         (["fly"], 2, "No such command"),
     ],
 )
@@ -122,4 +144,15 @@ def test_a_signal_stops_cleanly_with_a_checkpoint(tmp_path: Path, signum: signal
     assert process.returncode == 128 + signum, output
     assert f"stopped by {signum.name}" in output
     assert "Traceback" not in output
+    assert list(tmp_path.glob("*/checkpoints/step_*.pt"))
+
+
+def test_too_many_failures_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its first fragment a worker is replaced; when that has happened too often, the run ends with 4."""
+    impatient(monkeypatch, restarts=1)
+    words = ["--env-kwargs", '{"steps": 40}', "--workers", "1", *SMALL, "--runs", str(tmp_path)]
+    result = run("train", "tests.fragile:Fragile-v0", *words)
+    assert result.exit_code == 4, result.output
+    assert "failed again after 1 restarts" in result.output
+    assert result.output.rstrip().endswith("RuntimeError: broken after 40 steps")
     assert list(tmp_path.glob("*/checkpoints/step_*.pt"))

@@ -171,7 +171,7 @@ def test_a_paused_learner_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     """The workers wait, which costs no CPU and is no stall, however small the timeouts are."""
     impatient(monkeypatch, silence=0.3)
     ledger = Ledger()
-    with rolling(stamps(), stall_timeout=0.5, start_timeout=5, starve_timeout=0.5) as it:
+    with rolling(stamps(), stall_timeout=0.5, starve_timeout=0.5) as it:
         drive(it, ledger, lambda: both(ledger))
         settle(it)
         until(lambda: all(phase(kid) is Phase.WAIT for kid in kids(it)))

@@ -60,3 +60,28 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, 2, state(2))
     assert checkpoint.newest(tmp_path)[0] == old
     assert not list(tmp_path.glob(".*"))
+
+
+def test_newer_ones_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1))
+    checkpoint.save(tmp_path, 2, state(2)).write_bytes(b"")
+    skipped: list[str] = []
+    assert checkpoint.newest(tmp_path, skipped=skipped)[1]["step"] == 1
+    assert len(skipped) == 1
+    assert "step_000000000002.pt" in skipped[0]
+
+
+def test_a_link_moves_at_once(tmp_path: Path) -> None:
+    first, second = (checkpoint.save(tmp_path, step, state(step)) for step in (1, 2))
+    for target in (first, second, first):
+        checkpoint.name_it(checkpoint.BEST, target)
+        assert (tmp_path / "best").readlink() == Path(target.name)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_old_ones_go_but_not_the_best_or_those_that_are_needed(tmp_path: Path) -> None:
+    saved = [checkpoint.save(tmp_path, step, state(step)) for step in range(1, 8)]
+    checkpoint.name_it(checkpoint.BEST, saved[1])
+    checkpoint.prune(tmp_path, 2, besides=[saved[3]])
+    assert sorted(tmp_path.glob("step_*")) == [saved[1], saved[3], saved[5], saved[6]]
+    assert checkpoint.newest(tmp_path)[0] == saved[6]

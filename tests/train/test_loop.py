@@ -13,7 +13,8 @@ from zrl.config import ALGORITHMS, TrainConfig
 from zrl.errors import ConfigError, EnvError, PreflightError
 from zrl.train import checkpoint
 from zrl.train.evaluation import evaluate_run
-from zrl.train.loop import Status, train
+from zrl.train.loop import train
+from zrl.train.status import Status
 from zrl.train.stop import Stopped
 
 

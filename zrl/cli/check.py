@@ -15,27 +15,12 @@ from rich.table import Table
 
 from zrl.cli.failures import EXIT_PREFLIGHT, failures
 from zrl.cli.options import Count
-from zrl.config import ALGO_DEFAULTS, TrainConfig
+from zrl.config import ALGO_DEFAULTS, TrainConfig, value_of
 
 if TYPE_CHECKING:
     from zrl.train.check import LeafSize, Report
 
 DEFAULTS = ALGO_DEFAULTS[TrainConfig.algo]
-
-
-class JsonObject(click.ParamType[Any]):
-    """A JSON object: ``{"length": 12}``."""
-
-    name = "json"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        try:
-            found = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            self.fail(f'{value!r} is no JSON object such as {{"length": 12}}', param, ctx)
-        return found
 
 
 @click.command("check")
@@ -60,12 +45,10 @@ class JsonObject(click.ParamType[Any]):
     help="worker processes; 0: collect in-process",
 )
 @click.option("--slots", type=click.IntRange(1), default=2, show_default=True, help="slots of each worker")
-@click.option("--env-kwargs", type=JsonObject(), default=None, help="arguments for the environment, a JSON object")
+@click.option("--env-kwargs", default=None, metavar="JSON", help="arguments of the environment, a JSON object")
 @click.option("--steps", type=Count(), default=None, help="steps of each measurement  [default: those of a second]")
 @click.option("--json", "as_json", is_flag=True, help="print one object")
-def check_command(
-    slots: int, env_kwargs: dict[str, Any] | None, steps: int | None, as_json: bool, **settings: Any
-) -> None:
+def check_command(slots: int, env_kwargs: str | None, steps: int | None, as_json: bool, **settings: Any) -> None:
     """Look at ENV, a Gymnasium id, before a run: what is recorded of it, memory, speed, and what speaks against it.
 
     It takes a few seconds, and ends with 5 if a run would be refused.
@@ -73,7 +56,8 @@ def check_command(
     from zrl.train.check import check
 
     with failures() as signals, signals.interruptible():
-        report = check(TrainConfig(**settings), env_kwargs, slots=slots, steps=steps)
+        kwargs = None if env_kwargs is None else value_of("env_kwargs", env_kwargs, "--env-kwargs")
+        report = check(TrainConfig(**settings, env_kwargs=kwargs), slots=slots, steps=steps)
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(report), "refused": report.refused}))
     else:

@@ -37,3 +37,12 @@ def failures() -> Iterator[StopSignals]:
         raise Failure(str(e), EXIT_NO_WORKERS) from e
     except ZrlError as e:
         raise Failure(str(e), EXIT_FAILED) from e
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """A `ConfigError` in here is about the words of the command line."""
+    try:
+        yield
+    except ConfigError as e:
+        raise Failure(str(e), EXIT_USAGE) from e

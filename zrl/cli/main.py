@@ -5,134 +5,47 @@ What needs torch is imported where a verb begins its work: help and completion m
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import importlib.metadata
+import platform
 
 import click
 
 import zrl
 from zrl.cli.check import check_command
-from zrl.cli.eval import eval_command, print_evaluation
-from zrl.cli.failures import EXIT_FAILED, EXIT_USAGE, Failure, failures
-from zrl.cli.options import config_options
+from zrl.cli.eval import eval_command
 from zrl.cli.plot import plot_command
-from zrl.cli.progress import reporter
+from zrl.cli.train import learner_command, train_command
+from zrl.cli.watch import status_command, top_command
 from zrl.cli.worker import worker_command
-from zrl.config import TrainConfig
-from zrl.errors import ConfigError
-from zrl.train.allowed import foreign_modules
 
-if TYPE_CHECKING:
-    from zrl.train.loop import Result
-    from zrl.train.rollouts import Rollout
+VERSIONS = ("torch", "gymnasium", "numpy", "pyzmq", "msgpack", "uvloop")
+
+
+def _print_versions(context: click.Context, option: click.Parameter, asked: bool) -> None:
+    if not asked:
+        return
+    click.echo(f"zrl {zrl.__version__}")
+    click.echo(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in VERSIONS:
+        click.echo(f"{name} {importlib.metadata.version(name)}")
+    context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(zrl.__version__, package_name="zrl")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions, help="versions, and exit"
+)
 def main() -> None:
     """Collect reinforcement learning rollouts, and train with them.
 
-    Exit codes: 0 done, 1 failed, 2 usage, 3 learner lost (worker), 4 too few workers left, 5 environment, actor or
-    machine refused before the first step, 130 or 143 stopped by SIGINT or SIGTERM; a checkpoint is saved, if there was
-    an update.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 no learner there, 4 too few workers left, 5 environment, actor or machine
+    refused before the first step, 130 or 143 stopped by SIGINT or SIGTERM; a checkpoint is saved, if there was an
+    update.
     """
 
 
-Command = Callable[..., None]
-
-
-def run_options(command: Command) -> Command:
-    """What `zrl train` and `zrl learner` have in common."""
-    for add in (
-        click.option("--require-goal", is_flag=True, help="exit with 1 if --stop-at-return was not reached"),
-        click.option(
-            "--eval-episodes", type=click.IntRange(0), default=20, show_default=True, help="greedy episodes at the end"
-        ),
-        config_options(TrainConfig, skip=("env",)),
-        click.argument("env"),
-    ):
-        command = add(command)
-    return command
-
-
-@main.command("train")
-@run_options
-def train_command(**options: Any) -> None:
-    """Train an actor in ENV, a Gymnasium id such as CartPole-v1, with worker processes on this machine.
-
-    The first Ctrl-C saves a checkpoint and stops, the second one kills.
-    """
-    _train(**options)
-
-
-@main.command("learner")
-@run_options
-@click.option(
-    "--bind",
-    default="tcp://127.0.0.1:5555",
-    show_default=True,
-    help="where workers connect to: tcp://127.0.0.1:PORT (and the next port), or ipc:///path/to.sock",
-)
-def learner_command(bind: str, **options: Any) -> None:
-    """Train an actor in ENV with the workers that `zrl worker` processes bring; prints how to start them.
-
-    --workers says how many are expected: each makes one fragment of a batch.
-    """
-    _train(listen=bind, **options)
-
-
-def _train(env: str, eval_episodes: int, require_goal: bool, listen: str = "", **settings: Any) -> None:
-    try:
-        config = TrainConfig(env=env, **{name: x for name, x in settings.items() if x is not None})
-        if listen and not config.workers:
-            raise ConfigError("--workers: expected how many workers make a batch, at least 1, not 0")
-    except ConfigError as e:
-        raise Failure(str(e), EXIT_USAGE) from e
-    if require_goal and config.stop_at_return is None:
-        raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
-    from zrl.train.loop import train
-
-    with failures() as signals:
-        with reporter(config.steps) as report:
-            result = train(
-                config,
-                report.start,
-                report.update,
-                signals,
-                listen,
-                lambda rollout: _print_how_to_connect(config, rollout),
-            )
-        _print_result(result)
-        if eval_episodes and not result.outcome.startswith("SIG"):
-            with signals.interruptible():
-                print_evaluation(result.run, eval_episodes)
-    if result.outcome.startswith("SIG"):
-        raise SystemExit(128 + signal.Signals[result.outcome])
-    if require_goal and result.outcome != "goal":
-        raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
-
-
-def _print_how_to_connect(config: TrainConfig, rollout: Rollout) -> None:
-    imports = "".join(f" --import {module}" for module in foreign_modules(config.env, config.actor))
-    click.echo("start workers with:")
-    for url in getattr(rollout, "urls", []):
-        click.echo(f"  zrl worker --connect {url}{imports} --count {config.workers}")
-
-
-def _print_result(result: Result) -> None:
-    status = result.status
-    if status is None:
-        click.echo("stopped before the first update; nothing to save")
-        return
-    mean = "fewer than 100 episodes" if status.return_100 is None else f"mean return {status.return_100:.1f}"
-    how = {"goal": "goal reached", "steps": "all steps taken"}.get(result.outcome, f"stopped by {result.outcome}")
-    click.echo(f"{how} ({mean} over the last 100 episodes)")
-    click.echo(f"  took        {status.seconds:.1f} s for {status.step:,} steps: {status.steps_per_s:,.0f} steps/s")
-    click.echo(f"  run folder  {result.run.path}")
-    click.echo(f"  checkpoint  {result.checkpoint}")
-    click.echo(f"  plot        {result.plot or 'none: ' + result.plot_problem}")
-
-
-for command in (check_command, eval_command, plot_command, worker_command):
-    main.add_command(command)
+for _command in (
+    *(train_command, eval_command, plot_command, check_command),
+    *(learner_command, worker_command, status_command, top_command),
+):
+    main.add_command(_command)

@@ -1,23 +1,24 @@
-"""What one sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+"""What one sees while a run goes on: the live view on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.live import Live
 
-from zrl.config import TrainConfig
-from zrl.train.run_folder import RunFolder
+from zrl.cli.view import line, render
 
 if TYPE_CHECKING:
-    from zrl.train.loop import Status
+    from zrl.train.loop import Start
+    from zrl.train.status import Status
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Reporter(Protocol):
@@ -27,27 +28,28 @@ class Reporter(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None: ...
-    def start(self, config: TrainConfig, run: RunFolder) -> None: ...
+    def start(self, start: Start) -> None: ...
     def update(self, status: Status) -> None: ...
 
 
-def reporter(steps: int) -> Reporter:
+def reporter() -> Reporter:
     """The reporter that fits where standard output goes."""
-    return _Bar(steps) if sys.stdout.isatty() else _Lines()
+    return _View() if sys.stdout.isatty() else _Lines()
 
 
-def _heading(config: TrainConfig, run: RunFolder) -> str:
-    goal = "" if config.stop_at_return is None else f" until the mean return is {config.stop_at_return:g}"
-    return (
-        f"{config.algo} on {config.env}{goal}, at most {config.steps:,} steps; "
-        f"{config.n_envs} environments, {config.n_steps} steps a fragment, seed {config.seed}\nrun folder {run.path}"
-    )
-
-
-def _returns(status: Status) -> str:
-    if status.return_100 is not None:
-        return f"return {status.return_100:.1f}"
-    return f"return {status.return_update:.1f}" if status.return_update is not None else "return -"
+def _heading(start: Start) -> str:
+    c = start.config
+    goal = "" if c.stop_at_return is None else f" until the mean return is {c.stop_at_return:g}"
+    shape = f"{c.n_envs} environments, {c.n_steps} steps a fragment"
+    lines = [
+        f"{c.algo} on {c.env}{goal}, at most {c.steps:,} steps; {shape}, seed {c.seed}",
+        f"run folder {start.run.path}",
+    ]
+    lines += [f"left out: {why}" for why in start.skipped]
+    if start.resumed is not None:
+        lines.append(f"goes on from {start.resumed}, at step {start.step:,}")
+    lines += [f"watch it with: zrl top {url}" for url in getattr(start.rollout, "urls", [])[:1]]
+    return "\n".join(lines)
 
 
 class _Lines:
@@ -62,50 +64,50 @@ class _Lines:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         pass
 
-    def start(self, config: TrainConfig, run: RunFolder) -> None:
-        click.echo(_heading(config, run))
+    def start(self, start: Start) -> None:
+        click.echo(_heading(start))
+        self._rollout = start.rollout
         self._next = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def update(self, status: Status) -> None:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + SECONDS_BETWEEN_LINES
-        split = " ".join(f"{name} {share:.0%}" for name, share in status.shares.items())
-        click.echo(
-            f"step {status.step:,}  {status.steps_per_s:,.0f} steps/s  {_returns(status)}  "
-            f"episodes {status.episodes}  time: {split}"
+        click.echo(line(self._rollout.status()))
+
+
+class _View:
+    """The whole picture, in place; the last one stays on the screen.
+
+    It is drawn by a thread of its own, so it moves on while an update takes long.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._start: Start | None = None
+        self._document: dict[str, Any] = {}
+        self._looked = 0.0
+        self._live = Live(
+            get_renderable=self._draw, console=self._console, refresh_per_second=4, transient=False, auto_refresh=True
         )
-
-
-class _Bar:
-    """A progress bar that stays on one line."""
-
-    def __init__(self, steps: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.completed:,.0f} / {task.total:,.0f} steps"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]}  {task.fields[ret]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=Console(),
-        )
-        self._steps = steps
-        self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._progress.stop()
+        self._live.stop()
 
-    def start(self, config: TrainConfig, run: RunFolder) -> None:
-        self._progress.console.print(_heading(config, run), highlight=False, soft_wrap=True)
-        self._progress.start()
-        self._task = self._progress.add_task("train", total=self._steps, rate="", ret="")
+    def start(self, start: Start) -> None:
+        self._console.print(_heading(start), highlight=False, soft_wrap=True)
+        self._start = start
+        self._live.start()
 
     def update(self, status: Status) -> None:
-        assert self._task is not None
-        self._progress.update(
-            self._task, completed=status.step, rate=f"{status.steps_per_s:,.0f} steps/s", ret=_returns(status)
-        )
+        pass  # the next look sees it
+
+    def _draw(self) -> RenderableType:
+        now = time.monotonic()
+        if self._start is not None and now - self._looked >= SECONDS_BETWEEN_LOOKS:
+            self._looked = now
+            self._document = self._start.rollout.status() or self._document
+        return render(self._document)

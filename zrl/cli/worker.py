@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from zrl.config import value_of
 from zrl.errors import ConfigError, ZrlError
 from zrl.nodes.supervisor import EXIT_FAILED, SupervisorOptions, supervise
 from zrl.train.allowed import Allowed
@@ -30,6 +31,9 @@ EXIT_USAGE = 2
     help="module whose environments and actors the learner may name; repeatable. It is imported here",
 )
 @click.option(
+    "--env-kwargs", default=None, metavar="JSON", help="arguments of the environment, if the learner's has some"
+)
+@click.option(
     "--give-up-after", type=click.FloatRange(0, min_open=True), default=None, metavar="S",
     help="exit with 3 after so many seconds without a learner  [default: never]",
 )  # fmt: skip
@@ -40,6 +44,7 @@ def worker_command(
     count: int,
     name: str | None,
     modules: tuple[str, ...],
+    env_kwargs: str | None,
     give_up_after: float | None,
     logs: Path | None,
     start_method: str,
@@ -51,13 +56,17 @@ def worker_command(
     for module in modules:
         if not _exists(module):
             raise _failure(f"--import: no module {module!r} can be found here", EXIT_USAGE)
+    try:
+        kwargs = None if env_kwargs is None else value_of("env_kwargs", env_kwargs, "--env-kwargs")
+    except ConfigError as e:
+        raise _failure(str(e), EXIT_USAGE) from e
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = SupervisorOptions(
         url=url,
         name=(name or f"{socket.gethostname()}-{os.getpid()}")[:64],
         count=count,
         target="zrl.train.named:work",
-        payload=Allowed(modules),
+        payload=Allowed(modules, kwargs),
         log_dir=logs,
         preload=("zrl.train.named", *modules),
         start_method=start_method,

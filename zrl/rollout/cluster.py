@@ -38,6 +38,7 @@ def rollout(
     info_keys: Iterable[str] = (),
     debug: bool = False,
     starve_timeout: float = 60.0,
+    first_version: int = 1,
 ) -> PipelineRollout:
     """Collect fragments from the workers of every host that connects, without end.
 
@@ -64,6 +65,7 @@ def rollout(
     for name, value in (("n_steps", n_steps), ("n_per_actor", n_per_actor), ("n_slots", n_slots)):
         check_count(name, value)
     check_count("n_per_batch", n_per_batch)
+    check_count("first_version", first_version)
     if max_lag is not None:
         check_count("max_lag", max_lag, 0)
     if max_lag == 0 and (n_actors is None or n_per_batch % n_actors or n_slots * n_actors < n_per_batch):
@@ -76,7 +78,7 @@ def rollout(
     check_run(worker_mode, entropy, info_keys, starve_timeout)
     to = usable_device(device or "cpu")
     seed = secrets.randbits(64) if entropy is None else entropy
-    publisher = Publisher(actor, run_id=os.urandom(16))
+    publisher = Publisher(actor, run_id=os.urandom(16), version=first_version)
     plan = Plan(
         n_steps=n_steps,
         n_columns=n_per_actor,

@@ -47,7 +47,7 @@ class InlineRollout:
         to: torch.device,
     ) -> None:
         self.entropy = entropy
-        self.version = 1
+        self.version = o.first_version
         self._options, self._to = o, to
         self._learner = WeightsPacker(actor)
         self._flat = np.empty(self._learner.manifest.nbytes, np.uint8)

@@ -69,9 +69,18 @@ class LocalOptions:
     stall_timeout: float = 60.0
     starve_timeout: float = 60.0
     max_fragment_bytes: int = MAX_FRAGMENT_BYTES
+    first_version: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "n_actors", "n_per_actor", "n_buffers", "n_per_batch", "max_fragment_bytes"):
+        for name in (
+            "n_steps",
+            "n_actors",
+            "n_per_actor",
+            "n_buffers",
+            "n_per_batch",
+            "max_fragment_bytes",
+            "first_version",
+        ):
             check_count(name, getattr(self, name))
         if self.n_buffers < self.n_actors:
             raise ConfigError(f"n_buffers: expected at least one a worker, {self.n_actors}, not {self.n_buffers}")
@@ -148,7 +157,7 @@ def start(factory: Factory, actor: torch.nn.Module, o: LocalOptions) -> Pipeline
     if o.n_buffers < 2 * o.n_actors:
         logger.info("n_buffers: with two for each of the %d workers, they would not wait for copies", o.n_actors)
     with Uninterrupted():
-        publisher = Publisher(actor, run_id=os.urandom(16))
+        publisher = Publisher(actor, run_id=os.urandom(16), version=o.first_version)
         try:
             collator = _collator(recipe, publisher, o, entropy, to)
         except BaseException:

@@ -39,6 +39,7 @@ def rollout(
     stall_timeout: float = 60.0,
     starve_timeout: float = 60.0,
     max_fragment_bytes: int = MAX_FRAGMENT_BYTES,
+    first_version: int = 1,
 ) -> PipelineRollout | InlineRollout:
     """Collect fragments of `n_steps` steps of `n_per_actor` environments in each of `n_actors` processes, without end.
 
@@ -79,6 +80,7 @@ def rollout(
         stall_timeout: seconds that one call of an environment may take.
         starve_timeout: seconds with too few workers alive for a batch, after which ``next()`` raises.
         max_fragment_bytes: a larger fragment is refused, rather than filling the machine by mistake.
+        first_version: of the weights as they are now; a run that goes on with another counts on.
 
     Raises:
         ConfigError: an argument makes no sense (also a ValueError).
@@ -108,5 +110,6 @@ def rollout(
         stall_timeout=stall_timeout,
         starve_timeout=starve_timeout,
         max_fragment_bytes=max_fragment_bytes,
+        first_version=first_version,
     )
     return start(factory, actor, options)

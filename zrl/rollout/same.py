@@ -45,6 +45,7 @@ def rollout(
     keep_final_obs: bool = False,
     info_keys: Mapping[str, Any] | Iterable[str] | None = None,
     debug: bool = False,
+    first_version: int = 1,
 ) -> SameRollout:
     """Collect fragments of `n_steps` steps of `n_envs` environments in this process, without end.
 
@@ -72,6 +73,7 @@ def rollout(
         info_keys: keys of the step's info to record in ``batch.env``: names, or a mapping from name to dtype, space or
             example array.
         debug: check at every step what is otherwise checked once or not at all, and poison batches past their time.
+        first_version: of the weights as they are now; a run that goes on with another counts on.
 
     Raises:
         ConfigError: an argument makes no sense.
@@ -99,7 +101,14 @@ def rollout(
     )
     with torch.inference_mode(False):
         return SameRollout(
-            factory, actor, options, worker_mode=worker_mode, auto_publish=auto_publish, close=close, pinned=pinned
+            factory,
+            actor,
+            options,
+            worker_mode=worker_mode,
+            auto_publish=auto_publish,
+            close=close,
+            pinned=pinned,
+            first_version=first_version,
         )
 
 
@@ -121,9 +130,10 @@ class SameRollout:
         auto_publish: bool,
         close: bool,
         pinned: bool,
+        first_version: int,
     ) -> None:
         self.entropy = options.entropy
-        self.version = 1
+        self.version = first_version
         acting = private_copy(actor, options.device, worker_mode)
         self._learner = WeightsPacker(actor)
         self._acting = WeightsPacker(acting)

@@ -37,6 +37,7 @@ def rollout(
     stall_timeout: float = 60.0,
     starve_timeout: float = 60.0,
     max_fragment_bytes: int = MAX_FRAGMENT_BYTES,
+    first_version: int = 1,
 ) -> PipelineRollout | InlineRollout:
     """Collect fragments of `n_steps` steps of `n_envs` environments in one other process, without end.
 
@@ -76,5 +77,6 @@ def rollout(
         stall_timeout=stall_timeout,
         starve_timeout=starve_timeout,
         max_fragment_bytes=max_fragment_bytes,
+        first_version=first_version,
     )
     return start(factory, actor, options)

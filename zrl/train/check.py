@@ -120,7 +120,6 @@ class Report:
 
 def check(
     config: TrainConfig,
-    env_kwargs: Mapping[str, Any] | None = None,
     *,
     slots: int = SLOTS,
     steps: int | None = None,
@@ -129,7 +128,6 @@ def check(
 
     Args:
         config: environment, actor, ``n_envs``, ``n_steps`` and ``workers`` count.
-        env_kwargs: arguments for the environment.
         slots: of each worker.
         steps: of each measurement; as many as fit into a second, if None.
 
@@ -140,8 +138,8 @@ def check(
     assert config.n_envs is not None
     assert config.n_steps is not None
     n_slots = slots * config.workers if config.workers else same.N_SLOTS
-    report = Report(config.env, dict(env_kwargs or {}), config.n_envs, config.n_steps, config.workers, n_slots)
-    factory = _Factory(config.env, report.env_kwargs)
+    report = Report(config.env, dict(config.env_kwargs or {}), config.n_envs, config.n_steps, config.workers, n_slots)
+    factory = EnvFactory(config.env, report.env_kwargs)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -159,26 +157,7 @@ def check(
     return report
 
 
-@dataclasses.dataclass(frozen=True)
-class _Factory(EnvFactory):
-    """Makes a registered environment with arguments."""
-
-    kwargs: Mapping[str, Any]
-
-    def __call__(self) -> gym.Env[Any, Any]:
-        if not self.kwargs:
-            return super().__call__()
-        try:
-            return gym.make(self.env_id, disable_env_checker=True, **self.kwargs)
-        except Exception as e:
-            raise EnvError(
-                f"Gymnasium cannot make {self.env_id!r} with {dict(self.kwargs)} ({describe(e)})",
-                env_index=-1,
-                phase="factory",
-            ) from e
-
-
-def _make(factory: _Factory, report: Report) -> Any:
+def _make(factory: EnvFactory, report: Report) -> Any:
     """An environment, or None with the reason in the report."""
     try:
         return make_env(factory, 0, -1)
@@ -197,14 +176,14 @@ def _make(factory: _Factory, report: Report) -> Any:
     return None
 
 
-def _autoreset(factory: _Factory) -> str:
+def _autoreset(factory: EnvFactory) -> str:
     """The autoreset mode of an id that has a vector environment only; empty otherwise."""
     try:
         spec = gym.spec(factory.env_id)
         if spec.entry_point is not None or spec.vector_entry_point is None:
             return ""
         with contextlib.closing(
-            gym.make_vec(factory.env_id, 2, vectorization_mode="vector_entry_point", **factory.kwargs)
+            gym.make_vec(factory.env_id, 2, vectorization_mode="vector_entry_point", **(factory.kwargs or {}))
         ) as envs:
             mode = envs.metadata.get("autoreset_mode")
             return str(getattr(mode, "value", mode or "unknown"))
@@ -212,7 +191,7 @@ def _autoreset(factory: _Factory) -> str:
         return ""
 
 
-def _look(env: Any, factory: _Factory, config: TrainConfig, report: Report, steps: int | None) -> None:
+def _look(env: Any, factory: EnvFactory, config: TrainConfig, report: Report, steps: int | None) -> None:
     """Spaces, leaves, actor and speed, until something is refused."""
     report.observation_space = _one_line(getattr(env, "observation_space", None))
     report.action_space = _one_line(getattr(env, "action_space", None))
@@ -299,7 +278,7 @@ def _env_speed(env: Any, steps: int | None) -> float:
     return n / (perf_counter() - began)
 
 
-def _ready(factory: _Factory, actor: BaseActorModule, report: Report, steps: int | None) -> Context:
+def _ready(factory: EnvFactory, actor: BaseActorModule, report: Report, steps: int | None) -> Context:
     """Environments and actor as a worker has them; fragments no longer than a measurement."""
     most = steps if steps is not None else int((report.env_steps_per_s or 0.0) * SECONDS)
     n_steps = min(report.n_steps, max(1, most // report.columns))
@@ -322,7 +301,7 @@ def _goes_on(n: int, began: float, steps: int | None) -> bool:
     return perf_counter() - began < SECONDS if steps is None else n < steps
 
 
-def _gymnasium_says(factory: _Factory, report: Report) -> None:
+def _gymnasium_says(factory: EnvFactory, report: Report) -> None:
     """What Gymnasium's own checker has to say, without its look at render modes: that would open windows."""
     with _warnings_into(report.gymnasium):
         try:

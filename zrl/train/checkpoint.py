@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ import torch
 
 from zrl.errors import CheckpointError
 
-LATEST = "latest"  # a link beside the checkpoints that names the newest
+LATEST, BEST = "latest", "best"  # links beside the checkpoints: the newest, and the one that played best
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an environment step is, or would be."""
+    return folder / f"step_{step:012d}.pt"
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -22,24 +28,48 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         CheckpointError: the file cannot be written (a full disk, say); what was there before is untouched.
     """
-    target = folder / f"step_{step:012d}.pt"
-    part, link = folder / f".{target.name}.part", folder / f".{LATEST}.part"
+    target = path_of(folder, step)
+    part = folder / f".{target.name}.part"
     try:
         with part.open("wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         part.replace(target)
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.replace(folder / LATEST)
-        _sync(folder)
+        name_it(LATEST, target)
     except (OSError, RuntimeError) as e:  # torch turns a failed write into a RuntimeError
-        for rest in (part, link):
-            with contextlib.suppress(OSError):
-                rest.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write the checkpoint {str(target)!r}: {e}; is the disk full?") from e
     return target
+
+
+def name_it(name: str, target: Path) -> None:
+    """Let the link `name` beside a checkpoint lead to it: the old one or the new one, at any instant.
+
+    Raises:
+        CheckpointError: the link cannot be made.
+    """
+    link = target.parent / f".{name}.part"
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(target.parent / name)
+        _sync(target.parent)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot link {name!r} to the checkpoint {str(target)!r}: {e}") from e
+
+
+def prune(folder: Path, keep: int, besides: Collection[Path] = ()) -> None:
+    """Remove all checkpoints but the `keep` newest, the best, and those of `besides`. What cannot be removed stays."""
+    best = folder / BEST
+    spared = {path.name for path in besides} | ({best.readlink().name} if best.is_symlink() else set())
+    for path in sorted(folder.glob("step_*.pt"))[:-keep]:
+        if path.name not in spared:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:
@@ -57,8 +87,8 @@ def load(path: Path, device: str = "cpu") -> dict[str, Any]:
     return state
 
 
-def newest(folder: Path, device: str = "cpu") -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that can be read, and its path.
+def newest(folder: Path, device: str = "cpu", skipped: list[str] | None = None) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint that can be read, and its path; `skipped` gets the reasons why newer ones cannot.
 
     Raises:
         CheckpointError: there is none.
@@ -69,6 +99,8 @@ def newest(folder: Path, device: str = "cpu") -> tuple[Path, dict[str, Any]]:
             return path, load(path, device)
         except CheckpointError as e:
             reasons.append(str(e))
+            if skipped is not None:
+                skipped.append(str(e))
     what = "none of the checkpoints can be read: " + "; ".join(reasons) if reasons else "there is no checkpoint"
     raise CheckpointError(f"{str(folder)!r}: {what}")
 

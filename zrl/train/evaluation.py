@@ -74,11 +74,11 @@ def evaluate_run(
     config = run.config()
     path, state = find_checkpoint(run.checkpoints, which)
     actor = load_actor(config, state, path)
-    factory = EnvFactory(config.env)
+    factory = EnvFactory(config.env, config.env_kwargs)
     with contextlib.ExitStack() as opened:
         envs = [_Episode(opened.enter_context(contextlib.closing(factory()))) for _ in range(episodes)]
         if video is not None:
-            pictured = make_with_pictures(config.env, list(envs[0].metadata.get("render_modes") or []))
+            pictured = make_with_pictures(factory, list(envs[0].metadata.get("render_modes") or []))
             opened.enter_context(contextlib.closing(pictured))
             envs[0] = _Episode(Filmed(pictured, opened.enter_context(Film(video, fps_of(pictured)))))
         rewards = evaluate(envs, actor, n_steps=longest, seed=seed)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import math
 import random
 import secrets
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,40 +18,41 @@ import torch
 from zrl.config import TrainConfig
 from zrl.data.batch import Batch
 from zrl.errors import CheckpointError, ConfigError, PreflightError, WorkerError, ZrlError
+from zrl.rollout.evaluator import Evaluator
 from zrl.rollout.same import usable_device
 from zrl.train import checkpoint
+from zrl.train.evaluation import LONGEST_EPISODE
+from zrl.train.events import Events
+from zrl.train.named import EnvFactory
 from zrl.train.plot import plot_return
+from zrl.train.rng import random_states, set_random_states
 from zrl.train.rollouts import Rollout, make_rollout
 from zrl.train.run_folder import RunFolder
 from zrl.train.setup import make_actor, make_optimizer, make_update
+from zrl.train.status import Progress, Status
 from zrl.train.stop import Stopped, StopSignals
 
-WINDOW = 100  # episodes that the goal is measured over
+STATUS_SECONDS = 1.0  # between two writings of status.json
+LAST_EVALUATION_SECONDS = 60.0  # that the end of a run waits for the evaluation under way
 
 
 @dataclasses.dataclass(frozen=True)
-class Status:
-    """Where a run stands after an update.
+class Start:
+    """How a run begins.
 
     Attributes:
-        step: environment steps taken; `update`: updates made; `seconds` since the first batch was asked for.
-        return_100: mean return of the last 100 finished episodes; None before there were as many.
-        return_update, length_update: means over the episodes that ended in this update's batch; None without any.
-        losses: what the losses report.
-        shares: share of the time by stage of collecting, mean over the workers, and of ``learn``.
+        config: resolved.
+        rollout: where its batches come from.
+        resumed: the checkpoint that it goes on from, if it does; `skipped`: why newer ones could not be read.
+        step: environment steps taken before.
     """
 
-    step: int
-    update: int
-    version: int
-    seconds: float
-    steps_per_s: float
-    return_100: float | None
-    return_update: float | None
-    length_update: float | None
-    episodes: int
-    losses: dict[str, float]
-    shares: dict[str, float]
+    config: TrainConfig
+    run: RunFolder
+    rollout: Rollout
+    resumed: Path | None = None
+    skipped: tuple[str, ...] = ()
+    step: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +73,11 @@ class DivergedError(ZrlError):
 
 def train(
     config: TrainConfig,
-    on_start: Callable[[TrainConfig, RunFolder], None] = lambda config, run: None,
+    on_start: Callable[[Start], None] = lambda start: None,
     on_update: Callable[[Status], None] = lambda status: None,
     signals: StopSignals | None = None,
     listen: str = "",
-    on_listen: Callable[[Rollout], None] = lambda rollout: None,
+    resume: RunFolder | None = None,
 ) -> Result:
     """Train until the goal, the last step, or SIGINT or SIGTERM.
 
@@ -87,14 +86,14 @@ def train(
 
     Args:
         config: what to do; None values are resolved first.
-        on_start: called once with the resolved config and the new run folder.
+        on_start: called once, when workers may connect.
         on_update: called after every update.
         signals: entered already; if None, signals are handled here, while this runs.
         listen: URL to which workers of other hosts connect; empty: workers of our own.
-        on_listen: called once when they may.
+        resume: the run to go on with, from its newest checkpoint that can be read; None: a new one.
 
     Raises:
-        PreflightError: environment, actor, device or folder were refused before the first step.
+        PreflightError: environment, actor, device, folder or checkpoint were refused before the first step.
         WorkerError, StarvationError: too few workers are left.
         ZrlError: collecting or saving failed later.
         Stopped: a signal came before the first step.
@@ -104,31 +103,47 @@ def train(
     with contextlib.ExitStack() as opened:
         signals = opened.enter_context(StopSignals()) if signals is None else signals
         try:
-            with signals.interruptible():
-                run = _Run(config, signals)
-                if not config.workers and not listen:
-                    run.collect_with(opened.enter_context(make_rollout(config, run.actor)))
-            folder = RunFolder.create(config)
-            if config.workers or listen:  # their logs go into the folder
-                with signals.interruptible():
-                    run.collect_with(opened.enter_context(make_rollout(config, run.actor, folder, listen)))
+            start = _started(config, signals, listen, resume, opened)
         except ZrlError as e:
             raise PreflightError(str(e)) from e
-        on_start(config, folder)
-        if listen:
-            on_listen(run.rollout)
+        on_start(start.told)
         try:
-            return run.train(folder, on_update)
+            return start.train(on_update)
         except WorkerError as e:
             if e.at_start:
                 raise PreflightError(str(e)) from e
             raise
 
 
+def _started(
+    config: TrainConfig, signals: StopSignals, listen: str, resume: RunFolder | None, opened: contextlib.ExitStack
+) -> _Run:
+    """The run, ready for its first batch; what it opened is closed by `opened`."""
+    with signals.interruptible():
+        run = _Run(config, signals)
+        if resume is not None:
+            run.restore(resume)
+        version = run.first_version
+        own = not config.workers and not listen
+        if own:  # what it refuses leaves no folder behind
+            run.rollout = opened.enter_context(make_rollout(config, run.actor, first_version=version))
+    folder = RunFolder.create(config) if resume is None else resume
+    run.write_into(folder, opened)
+    with signals.interruptible():
+        if not own:  # the logs of its workers go into the folder
+            run.rollout = opened.enter_context(make_rollout(config, run.actor, folder, listen, version))
+        if config.eval_every:
+            run.evaluator = opened.enter_context(run.make_evaluator())
+    run.told = dataclasses.replace(run.told, run=folder, rollout=run.rollout)
+    return run
+
+
 class _Run:
     """The moving parts of one run."""
 
     rollout: Rollout
+    folder: RunFolder
+    told: Start
 
     def __init__(self, config: TrainConfig, signals: StopSignals) -> None:
         self.config = config
@@ -138,109 +153,209 @@ class _Run:
         self.actor = make_actor(config).to(usable_device(config.device))
         self.optimizer = make_optimizer(config, self.actor)
         self.update = make_update(config, self.actor, self.optimizer, signals.check)
-        self.step = self.n_updates = self.n_episodes = 0
-        self.returns: collections.deque[float] = collections.deque(maxlen=WINDOW)
-        self.learn_seconds = 0.0
+        self.progress = Progress()
+        self.first_version = 1
         self.status: Status | None = None
+        self.evaluator: Evaluator | None = None
+        self.told = Start(config, None, None)  # type: ignore[arg-type]  # both are set before anybody is told
+        self._events: Events | None = None
+        self._restored: dict[str, Any] | None = None
+        self._saved_at = self._submitted_at = 0
+        self._evaluation: dict[str, float] | None = None  # the newest
+        self._best_evaluation: float | None = None
+        self._pending: dict[int, Path] = {}  # checkpoints that are being evaluated, by step
+        self._document_at = 0.0
+        self._shares: dict[str, float] = {}
 
-    def collect_with(self, rollout: Rollout) -> None:
-        """Where the batches come from."""
-        self.rollout = rollout
+    # ── the start ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def train(self, run: RunFolder, on_update: Callable[[Status], None]) -> Result:
-        self.started = time.monotonic()
+    def restore(self, resume: RunFolder) -> None:
+        """Go on from the newest checkpoint of a run that can be read.
+
+        Raises:
+            CheckpointError: there is none, or it does not fit.
+        """
+        skipped: list[str] = []
+        path, state = checkpoint.newest(resume.checkpoints, self.config.device, skipped)
         try:
-            outcome = self._updates(run, on_update)
+            self.actor.load_state_dict(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress.restore(state)
+            self.first_version = int(state["version"]) + 1
+            self._best_evaluation = state["eval_best"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise CheckpointError(f"{str(path)!r} does not fit this run: {type(e).__name__}: {e}") from e
+        self._restored = state["random"]
+        self._saved_at = self._submitted_at = self.progress.step
+        self.told = dataclasses.replace(self.told, resumed=path, skipped=tuple(skipped), step=self.progress.step)
+
+    def make_evaluator(self) -> Evaluator:
+        """Plays beside training."""
+        c = self.config
+        assert c.seed is not None
+        return Evaluator(
+            EnvFactory(c.env, c.env_kwargs),
+            self.actor,
+            n_episodes=c.eval_episodes,
+            longest=LONGEST_EPISODE,
+            seed=c.seed,
+            log_dir=self.folder.workers,
+        )
+
+    def write_into(self, folder: RunFolder, opened: contextlib.ExitStack) -> None:
+        """Take the folder of the run, new or resumed.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        self.folder = folder
+        step = self.progress.step
+        try:
+            if self.told.resumed is not None:
+                folder.forget_after(step)
+            folder.set_config(self.config)
+        except OSError as e:
+            raise ConfigError(f"cannot write to the run folder {str(folder.path)!r}: {e}") from e
+        if self.config.tensorboard:
+            self._events = opened.enter_context(Events(folder.tensorboard, after=step))
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def train(self, on_update: Callable[[Status], None]) -> Result:
+        self.progress.begin(time.monotonic())
+        if self._restored is not None:
+            set_random_states(self._restored)
+        try:
+            outcome = self._updates(on_update)
+            if self.evaluator is not None:
+                self._last_evaluation()
         except Stopped as e:
             outcome = str(e)
         except DivergedError:
             raise
         except ZrlError:
             with contextlib.suppress(CheckpointError):  # the first error counts
-                self._save(run)
+                self._save()
             raise
         except OSError as e:
-            raise CheckpointError(f"cannot write to {str(run.path)!r}: {e}; is the disk full?") from e
-        saved = self._save(run)
-        plot, problem = _plot(run, self.config)
-        return Result(outcome, run, self.status, saved, plot, problem)
+            raise CheckpointError(f"cannot write to {str(self.folder.path)!r}: {e}; is the disk full?") from e
+        saved = self._save()
+        with contextlib.suppress(OSError):
+            self._write_document(outcome)
+        plot, problem = _plot(self.folder, self.config)
+        return Result(outcome, self.folder, self.status, saved, plot, problem)
 
-    def _updates(self, run: RunFolder, on_update: Callable[[Status], None]) -> str:
+    def _updates(self, on_update: Callable[[Status], None]) -> str:
         """Collect and learn until the goal or the last step; which of the two."""
-        saved_at = 0
-        while self.step < self.config.steps:
+        p = self.progress
+        while p.step < self.config.steps:
             with self.signals.interruptible():
                 batch = next(self.rollout)
             self._learn(batch)
-            self.status = self._status(batch)
-            run.append_metrics(_flat(self.status))
-            if self.step - saved_at >= self.config.checkpoint_every:
-                saved_at = self.step
-                self._save(run)
+            evaluation = self._evaluated()
+            now = time.monotonic()
+            self.status = p.status(batch, self.losses, evaluation, now)
+            self.rollout.annotate(self.status.note(self.config, self._evaluation))
+            if now - self._document_at >= STATUS_SECONDS:
+                self._document_at = now
+                self._write_document("running")
+            self._record(self.status)
+            if p.step - self._saved_at >= self.config.checkpoint_every:
+                self._saved_at = p.step
+                self._save()
+            if self.evaluator is not None and p.step - self._submitted_at >= self.config.eval_every:
+                self._submit(self.evaluator)
             on_update(self.status)
-            if self._goal_reached():
+            goal = self.config.stop_at_return
+            if goal is not None and self.status.return_100 is not None and self.status.return_100 >= goal:
                 return "goal"
         return "steps"
 
     def _learn(self, batch: Batch) -> None:
-        started = time.monotonic()
         self._anneal()
         self.losses = self.update(batch)
         bad = [name for name, x in self.losses.items() if not math.isfinite(x)]
         if bad:
             raise DivergedError(f"the loss is not finite ({', '.join(bad)}); try a smaller --lr")
-        self.step += batch.n_env_steps
-        self.n_updates += 1
-        self.n_episodes += len(batch.episodes)
-        self.returns.extend(e.ret for e in batch.episodes)
-        self.learn_seconds += time.monotonic() - started
+        self.progress.count(batch)
 
     def _anneal(self) -> None:
-        left = max(0.0, 1.0 - self.step / self.config.steps)
+        left = max(0.0, 1.0 - self.progress.step / self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = (self.config.lr or 0.0) * left
 
-    def _goal_reached(self) -> bool:
-        goal, now = self.config.stop_at_return, self.status.return_100 if self.status else None
-        return goal is not None and now is not None and now >= goal
+    def _record(self, status: Status) -> None:
+        row = {**status.row(), **self._shares}
+        self.folder.append_metrics(row)
+        if self._events is not None:
+            self._events.write(status.step, row)
 
-    def _status(self, batch: Batch) -> Status:
-        seconds = time.monotonic() - self.started
-        spent = self.rollout.stats()["seconds"]
-        shares = {
-            name: spent.get(name, 0.0) / seconds / max(1, self.config.workers)
-            for name in ("env", "actor", "write", "reset")
-        }
-        ended = batch.episodes
-        return Status(
-            step=self.step,
-            update=self.n_updates,
-            version=batch.version,
-            seconds=seconds,
-            steps_per_s=self.step / seconds,
-            return_100=statistics.fmean(self.returns) if len(self.returns) == WINDOW else None,
-            return_update=statistics.fmean(e.ret for e in ended) if ended else None,
-            length_update=statistics.fmean(e.length for e in ended) if ended else None,
-            episodes=self.n_episodes,
-            losses=self.losses,
-            shares={**shares, "learn": self.learn_seconds / seconds},
-        )
+    def _write_document(self, outcome: str) -> None:
+        """What the pipeline and we know, into ``status.json``."""
+        document = self.rollout.status()
+        self._shares = _time_split(document)
+        self.folder.set_status({**document, "outcome": outcome})
 
-    def _save(self, run: RunFolder) -> Path | None:
+    # ── evaluations and checkpoints ──────────────────────────────────────────────────────────────────────────────────
+
+    def _submit(self, evaluator: Evaluator) -> None:
+        """Have the weights played as they are now; they are saved, lest they turn out to be the best."""
+        step = self._submitted_at = self.progress.step
+        saved = self._save()
+        if saved is not None:
+            self._pending[step] = saved
+            evaluator.submit(step)
+
+    def _evaluated(self) -> dict[str, float] | None:
+        """The newest evaluation that has come since the last update; the best weights get their name."""
+        fresh: dict[str, float] | None = None
+        for result in self.evaluator.results() if self.evaluator is not None else []:
+            fresh = self._evaluation = {
+                "step": result.tag,
+                "mean": result.mean,
+                "min": result.minimum,
+                "std": result.std,
+            }
+            saved = self._pending.get(result.tag)
+            self._pending = {step: path for step, path in self._pending.items() if step > result.tag}
+            if saved is not None and (self._best_evaluation is None or result.mean > self._best_evaluation):
+                self._best_evaluation = result.mean
+                if saved.exists():
+                    checkpoint.name_it(checkpoint.BEST, saved)
+        return fresh
+
+    def _last_evaluation(self) -> None:
+        """At the end: play the final weights, and wait for it."""
+        assert self.evaluator is not None
+        if self.progress.step > self._submitted_at or self._pending:
+            with self.signals.interruptible():
+                self._submit(self.evaluator)
+                self.evaluator.wait(LAST_EVALUATION_SECONDS)
+        evaluation = self._evaluated()
+        if evaluation is not None and self.status is not None:
+            self.status = dataclasses.replace(self.status, evaluation=evaluation)
+            self._record(self.status)
+
+    def _save(self) -> Path | None:
         """A checkpoint of the state after the last step of the optimizer; nothing before the first."""
         if not self.optimizer.state:
             return None
+        p = self.progress
+        folder = self.folder.checkpoints
+        better = self.evaluator is None and p.return_100 is not None and p.return_100 == p.best
         state = {
             "weights": self.actor.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "version": self.rollout.version,
-            "step": self.step,
-            "update": self.n_updates,
-            "episodes": self.n_episodes,
-            "returns": list(self.returns),
-            "torch_rng": torch.get_rng_state(),
+            **p.as_dict(time.monotonic()),
+            "eval_best": self._best_evaluation,
+            "random": random_states(),
         }
-        return checkpoint.save(run.checkpoints, self.step, state)
+        saved = checkpoint.save(folder, p.step, state)
+        if better or not (folder / checkpoint.BEST).is_symlink():
+            checkpoint.name_it(checkpoint.BEST, saved)
+        checkpoint.prune(folder, self.config.keep, self._pending.values())
+        return saved
 
 
 def seed_everything(seed: int) -> None:
@@ -250,10 +365,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def _flat(status: Status) -> dict[str, Any]:
-    values = dataclasses.asdict(status)
-    losses, shares = values.pop("losses"), values.pop("shares")
-    return {**values, **{f"loss/{k}": x for k, x in losses.items()}, **{f"time/{k}": x for k, x in shares.items()}}
+def _time_split(document: dict[str, Any]) -> dict[str, float]:
+    """Shares of the time, as columns of the metrics: ``wait`` is that of the workers."""
+    shares = document.get("shares", {})
+    learner = {"wait_learner" if name == "wait" else name: x for name, x in shares.get("learner", {}).items()}
+    return {f"time/{name}": x for name, x in {**learner, **shares.get("workers", {})}.items()}
 
 
 def _plot(run: RunFolder, config: TrainConfig) -> tuple[Path | None, str]:

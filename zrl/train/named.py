@@ -7,7 +7,7 @@ or a module that the worker's own command line allows.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from zrl.errors import ActorError, ConfigError, EnvError
 from zrl.nodes.job import WorkerJob
 from zrl.nodes.worker import Recipe, live
 from zrl.protocol.messages import Welcome, printable
-from zrl.train.allowed import ACTOR_NAME, ENV_NAME, Allowed
+from zrl.train.allowed import ACTOR_NAME, ENV_NAME, Allowed, parsed_env
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,32 @@ class EnvFactory:
     """
 
     env_id: str
+    kwargs: Mapping[str, Any] | None = None
 
     def __call__(self) -> gym.Env[Any, Any]:
         try:
             # the checker costs a third of a CartPole step, and what it checks the recorder checks as well
-            return gym.make(self.env_id, disable_env_checker=True)
+            return gym.make(self.env_id, disable_env_checker=True, **(self.kwargs or {}))
         except Exception as e:
             hint = "" if not isinstance(e, gym.error.UnregisteredEnv) else "; list ids with gymnasium.pprint_registry()"
+            given = f" with {dict(self.kwargs)}" if self.kwargs else ""
             raise EnvError(
-                f"Gymnasium cannot make {self.env_id!r} ({describe(e)}){hint}", env_index=-1, phase="factory"
+                f"Gymnasium cannot make {self.env_id!r}{given} ({describe(e)}){hint}", env_index=-1, phase="factory"
             ) from e
 
 
-def env_factory(name: str, allowed: Allowed) -> EnvFactory:
-    """The factory for an environment's name: a Gymnasium id, or ``module:id``.
+def env_factory(text: str, allowed: Allowed) -> EnvFactory:
+    """The factory for an environment as a learner names it: a Gymnasium id, or ``module:id``, and its arguments.
 
     Raises:
-        ConfigError: no name, or a module that is not allowed.
+        ConfigError: no name, a module that is not allowed, or other arguments than here.
     """
+    name, kwargs = parsed_env(text)
     match = ENV_NAME.fullmatch(name)
-    if match is None:
-        raise ConfigError(f"env: expected a Gymnasium id or module:id, not {printable(name)!r}")
-    if match["module"]:
+    if match and match["module"]:
         allowed.check(match["module"], "env")
-    return EnvFactory(name)
+    allowed.check_kwargs(kwargs)
+    return EnvFactory(name, kwargs)
 
 
 def make_named_actor(name: str, allowed: Allowed, factory: EnvFactory) -> BaseActorModule:

@@ -1,9 +1,11 @@
-"""The folder of one run: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``plots/``, ``workers/``."""
+"""The folder of one run: ``config.json``, ``status.json``, ``metrics.jsonl``, ``checkpoints/``, ``plots/``,
+``workers/``, ``tensorboard/``."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.plots = path / "plots"
         self.workers = path / "workers"
+        self.tensorboard = path / "tensorboard"
 
     @classmethod
     def create(cls, config: TrainConfig) -> RunFolder:
@@ -41,7 +44,7 @@ class RunFolder:
             run = cls(path)
             run.checkpoints.mkdir()
             run.plots.mkdir()
-            (path / "config.json").write_text(json.dumps(config.as_dict(), indent=2) + "\n")
+            run.set_config(config)
         except OSError as e:
             raise ConfigError(
                 f"runs: cannot write a run folder in {config.runs!r} ({e}); choose another with --runs"
@@ -71,6 +74,19 @@ class RunFolder:
         except (OSError, ValueError, TypeError, ConfigError) as e:
             raise ConfigError(f"{str(file)!r} cannot be read: {e}") from e
 
+    def set_config(self, config: TrainConfig) -> None:
+        """Write ``config.json``."""
+        _replace(self.path / "config.json", json.dumps(config.as_dict(), indent=2) + "\n")
+
+    def set_status(self, status: Mapping[str, Any]) -> None:
+        """Write ``status.json``; who reads it meanwhile sees the old one or the new one."""
+        _replace(self.path / "status.json", json.dumps(status) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of updates behind `step`: a run that is resumed there makes them again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        _replace(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
     def append_metrics(self, values: dict[str, Any]) -> None:
         """One more line of ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a") as f:
@@ -95,6 +111,12 @@ def _made(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _replace(target: Path, text: str) -> None:
+    part = target.with_name(f".{target.name}.part")
+    part.write_text(text)
+    part.replace(target)
 
 
 def _safe(name: str) -> str:

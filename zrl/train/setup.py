@@ -24,7 +24,7 @@ def make_actor(config: TrainConfig) -> BaseActorModule:
     Raises:
         ConfigError, EnvError, ActorError: environment or actor cannot be made.
     """
-    return make_named_actor(config.actor, Allowed(None), EnvFactory(config.env))
+    return make_named_actor(config.actor, Allowed(None), EnvFactory(config.env, config.env_kwargs))
 
 
 def make_optimizer(config: TrainConfig, actor: torch.nn.Module) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ import numpy as np
 
 from zrl.collect.spaces import describe
 from zrl.errors import ConfigError, MissingExtraError, PreflightError, ZrlError
+from zrl.train.named import EnvFactory
 
 MODE = "rgb_array"
 DEFAULT_FPS = 30.0  # where the environment's metadata does not say
@@ -118,17 +119,18 @@ class Filmed(gym.Wrapper[Any, Any, Any, Any]):
         return result
 
 
-def make_with_pictures(env_id: str, modes: list[str]) -> gym.Env[Any, Any]:
+def make_with_pictures(factory: EnvFactory, modes: list[str]) -> gym.Env[Any, Any]:
     """The environment with the render mode ``rgb_array``, after a look at its first picture.
 
     Args:
-        env_id: Gymnasium id, or ``module:id``.
+        factory: names it.
         modes: render modes that the environment says it has.
 
     Raises:
         PreflightError: it has no such mode, or rendering fails.
         MissingExtraError: it draws with a package that is not installed.
     """
+    env_id = factory.env_id
     if MODE not in modes:
         raise PreflightError(
             f"video: {env_id} has no render mode {MODE!r}, only {', '.join(modes) or 'none at all'}; play it without a "
@@ -137,7 +139,7 @@ def make_with_pictures(env_id: str, modes: list[str]) -> gym.Env[Any, Any]:
         )
     env: gym.Env[Any, Any] | None = None
     try:
-        env = gym.make(env_id, render_mode=MODE, disable_env_checker=True)
+        env = gym.make(env_id, disable_env_checker=True, **{**(factory.kwargs or {}), "render_mode": MODE})
         env.reset()
         _frame(env.render())
     except Exception as e:

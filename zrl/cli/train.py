@@ -1,0 +1,131 @@
+"""``zrl train`` and ``zrl learner``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zrl.cli.failures import EXIT_FAILED, EXIT_USAGE, Failure, failures, usage
+from zrl.cli.options import config_options, settings_of
+from zrl.cli.progress import reporter
+from zrl.config import TrainConfig
+from zrl.errors import ConfigError
+from zrl.train.allowed import foreign_modules
+from zrl.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from zrl.train.loop import Result, Start
+
+Command = Callable[..., None]
+
+
+def run_options(command: Command) -> Command:
+    """What both verbs have in common."""
+    for add in (
+        click.option("--require-goal", is_flag=True, help="exit with 1 if --stop-at-return was not reached"),
+        click.option(
+            "--resume",
+            type=click.Path(path_type=Path),
+            metavar="RUN",
+            help="go on with this run, from its newest checkpoint",
+        ),
+        config_options,
+    ):
+        command = add(command)
+    return command
+
+
+@click.command("train")
+@run_options
+def train_command(**words: Any) -> None:
+    """Train an actor in ENV, a Gymnasium id such as CartPole-v1, with worker processes on this machine.
+
+    Settings come from options, then from the environment (ZRL_STEPS=500k), then from --config FILE.toml, then from the
+    run that is resumed. The first Ctrl-C saves a checkpoint and stops, the second one kills.
+    """
+    _train(words)
+
+
+@click.command("learner")
+@run_options
+@click.option(
+    "--bind",
+    default="tcp://127.0.0.1:5555",
+    show_default=True,
+    help="where workers connect to: tcp://127.0.0.1:PORT (and the next port), or ipc:///path/to.sock",
+)
+def learner_command(bind: str, **words: Any) -> None:
+    """Train an actor in ENV with the workers that `zrl worker` processes bring; prints how to start them.
+
+    --workers says how many are expected. Settings come from where those of `zrl train` do.
+    """
+    _train(words, bind)
+
+
+def _train(words: dict[str, Any], listen: str = "") -> None:
+    resume, require_goal = words.pop("resume"), words.pop("require_goal")
+    with usage():
+        resumed = None if resume is None else RunFolder.open(resume)
+        config = settings_of(words, words.pop("sets"), words.pop("file"), resumed)
+        if listen and not config.workers:
+            raise ConfigError("--workers: expected how many workers make a batch, at least 1, not 0")
+    if require_goal and config.stop_at_return is None:
+        raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
+    with failures() as signals:
+        from zrl.train.loop import train
+
+        with reporter() as report:
+
+            def on_start(start: Start) -> None:
+                report.start(start)
+                if listen:
+                    _print_how_to_connect(start)
+
+            result = train(config, on_start, report.update, signals, listen, resumed)
+        _print_result(result)
+        if config.eval_episodes and not result.outcome.startswith("SIG"):
+            with signals.interruptible():
+                _print_evaluation(result.run, config)
+    if result.outcome.startswith("SIG"):
+        click.echo(f"go on with: zrl {'learner' if listen else 'train'} --resume {shlex.quote(str(result.run.path))}")
+        raise SystemExit(128 + signal.Signals[result.outcome])
+    if require_goal and result.outcome != "goal":
+        raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
+
+
+def _print_how_to_connect(start: Start) -> None:
+    config: TrainConfig = start.config
+    words = [f"--import {module}" for module in foreign_modules(config.env, config.actor)]
+    if config.env_kwargs:
+        words.append(f"--env-kwargs {shlex.quote(json.dumps(dict(config.env_kwargs)))}")
+    click.echo("start workers with:")
+    for url in getattr(start.rollout, "urls", []):
+        click.echo("  " + " ".join(["zrl worker --connect", url, *words, f"--count {config.workers}"]))
+
+
+def _print_result(result: Result) -> None:
+    status = result.status
+    if status is None:
+        click.echo("stopped before the first update; nothing to save")
+        return
+    mean = "fewer than 100 episodes" if status.return_100 is None else f"mean return {status.return_100:.1f}"
+    how = {"goal": "goal reached", "steps": "all steps taken"}.get(result.outcome, f"stopped by {result.outcome}")
+    click.echo(f"{how} ({mean} over the last 100 episodes)")
+    click.echo(
+        f"  took        {status.seconds:.1f} s for {status.step:,} steps: {status.step / status.seconds:,.0f} steps/s"
+    )
+    click.echo(f"  run folder  {result.run.path}")
+    click.echo(f"  checkpoint  {result.checkpoint}")
+    click.echo(f"  plot        {result.plot or 'none: ' + result.plot_problem}")
+
+
+def _print_evaluation(run: RunFolder, config: TrainConfig) -> None:
+    from zrl.cli.eval import print_evaluation
+
+    print_evaluation(run, config.eval_episodes, 0)
