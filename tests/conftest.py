@@ -1,4 +1,4 @@
-"""What holds for every test: one torch thread, no window system, and nothing left behind.
+"""What holds for every test: one torch thread, no window system, temporary files in one place, and nothing left behind.
 
 A test that leaves something behind fails by itself, in its clean-up, and the message names what it left; the tests
 after it start from what they find. The check costs about 2 ms a test.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Hashable, Iterator
@@ -33,6 +35,16 @@ KEPT_OPEN = ("/dev/urandom", "/dev/random", "/dev/nvidia", "/sys/")
 # A time limit for one example says more about the machine than about the code; pytest-timeout bounds the whole.
 hypothesis.settings.register_profile("zrl", deadline=None)
 hypothesis.settings.load_profile("zrl")
+
+
+#: Temporary files of the tests and of the processes that they start; a short path, for sockets.
+TEMPORARY = Path(tempfile.mkdtemp(prefix="zt-"))
+os.environ["TMPDIR"] = tempfile.tempdir = str(TEMPORARY)
+os.environ.pop("XDG_RUNTIME_DIR", None)  # where folders of runs would be
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(TEMPORARY, ignore_errors=True)
 
 
 def pytest_sessionstart() -> None:
@@ -63,7 +75,8 @@ def held() -> Held:
     threads: Held = {
         ("thread", thread): f"thread {thread.name!r} (daemon={thread.daemon})" for thread in threading.enumerate()
     }
-    return threads | children() | descriptors() | segments() | mappings() if LINUX else threads
+    everywhere = threads | folders()
+    return everywhere | children() | descriptors() | segments() | mappings() if LINUX else everywhere
 
 
 def what_is_left(before: Held) -> Held:
@@ -106,6 +119,12 @@ def descriptors() -> Held:
             if not target.startswith(KEPT_OPEN) and not target.endswith(".ttf"):  # fonts that matplotlib keeps
                 found["descriptor", (fd, target)] = f"descriptor {fd}: {target}"
     return found
+
+
+def folders() -> Held:
+    """Folders of a run, with its socket. Logs that an error names stay on purpose."""
+    found = (path for path in TEMPORARY.glob("zrl-*") if not path.name.startswith("zrl-logs-"))
+    return {("folder", path): f"folder {path}" for path in found}
 
 
 def segments() -> Held:

@@ -12,7 +12,7 @@ pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 TESTS = """
-import mmap, os, subprocess, sys, threading
+import mmap, os, subprocess, sys, tempfile, threading
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -57,6 +57,12 @@ def mapped_only(fd):
     libc.mmap.restype = ctypes.c_void_p
     size = ctypes.c_size_t(mmap.PAGESIZE)
     return libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
+
+def test_leaks_folder():
+    tempfile.mkdtemp(prefix="zrl-")
+
+def test_clean_logs_that_stay():
+    tempfile.mkdtemp(prefix="zrl-logs-")
 
 def test_leaks_segment():
     Path(f"/dev/shm/zrl-guard-{os.getpid()}").touch()
@@ -106,6 +112,7 @@ LEAKS = {
     "descriptor": "descriptor *: pipe:*",
     "memfd": "descriptor *: /memfd:zrl-guard*",
     "mapping": "mapping *memfd:zrl-guard*",
+    "folder": "folder *zrl-*",
     "segment": "segment /dev/shm/zrl-guard-*",
 }
 
