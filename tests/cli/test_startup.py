@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -35,3 +36,24 @@ def test_names_come_on_demand() -> None:
     assert set(dir(zrl)) >= set(zrl.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Bach'"):
         zrl.Bach  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("zrl tr", "train"), ("zrl train --max", "--max-lag"), ("zrl train x --algo im", "impala")]
+)
+def test_completion(words: str, expected: str) -> None:
+    environment = {
+        **os.environ,
+        "_ZRL_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    code = "from zrl.cli import main; main(prog_name='zrl')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert f"plain,{expected}" in done.stdout.splitlines()
+
+
+def test_versions() -> None:
+    done = subprocess.run([sys.executable, "-m", "zrl", "--version"], capture_output=True, text=True, check=True)
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["zrl", "python", "torch", "gymnasium", "numpy", "pyzmq", "msgpack", "uvloop"]

@@ -155,3 +155,34 @@ def test_a_signal_in_preflight_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Stopped):
         train(config(tmp_path, workers=0))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluations_beside_training_find_the_best(tmp_path: Path) -> None:
+    result = train(config(tmp_path, workers=0, steps=1024, eval_every=256, eval_episodes=3, keep=1))
+    rows = [row for row in result.run.metrics() if "eval_mean" in row]
+    assert rows
+    assert rows[-1]["eval_step"] == 1024  # the last weights are played as well
+    best = max(rows, key=lambda row: row["eval_mean"])  # the first of equals
+    link = result.run.checkpoints / checkpoint.BEST
+    assert checkpoint.load(link)["step"] == best["eval_step"]
+    assert link.resolve().exists()
+    kept = {path.name for path in result.run.checkpoints.glob("step_*.pt")}
+    assert kept == {link.readlink().name, "step_000000001024.pt"}
+    status = json.loads((result.run.path / "status.json").read_text())
+    assert status["training"]["eval"]["step"] in {row["eval_step"] for row in rows}
+
+
+def test_the_best_without_evaluations_is_that_of_the_returns(tmp_path: Path) -> None:
+    result = train(config(tmp_path, workers=0, steps=6400, checkpoint_every=640, keep=100))
+    states = [checkpoint.load(path) for path in sorted(result.run.checkpoints.glob("step_*.pt"))]
+    best = [state["step"] for state in states if state["return_best"] is not None][-1]
+    found = checkpoint.load(result.run.checkpoints / checkpoint.BEST)
+    assert found["return_best"] is not None
+    assert found["step"] <= best
+
+
+def test_arguments_of_the_environment_reach_it(tmp_path: Path) -> None:
+    result = train(config(tmp_path, env_kwargs={"sutton_barto_reward": True}, steps=256))
+    returns = [row["return_update"] for row in result.run.metrics() if row["return_update"] is not None]
+    assert returns
+    assert all(x == -1.0 for x in returns)  # 0 a step, and −1 for the fall

@@ -259,7 +259,7 @@ class _Run:
             if now - self._document_at >= STATUS_SECONDS:
                 self._document_at = now
                 self._write_document("running")
-            self._record(self.status)
+            self._record({**self.status.row(), **self._shares})
             if p.step - self._saved_at >= self.config.checkpoint_every:
                 self._saved_at = p.step
                 self._save()
@@ -284,11 +284,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = (self.config.lr or 0.0) * left
 
-    def _record(self, status: Status) -> None:
-        row = {**status.row(), **self._shares}
+    def _record(self, row: dict[str, Any]) -> None:
         self.folder.append_metrics(row)
         if self._events is not None:
-            self._events.write(status.step, row)
+            self._events.write(row["step"], row)
 
     def _write_document(self, outcome: str) -> None:
         """What the pipeline and we know, into ``status.json``."""
@@ -332,9 +331,12 @@ class _Run:
                 self._submit(self.evaluator)
                 self.evaluator.wait(LAST_EVALUATION_SECONDS)
         evaluation = self._evaluated()
-        if evaluation is not None and self.status is not None:
-            self.status = dataclasses.replace(self.status, evaluation=evaluation)
-            self._record(self.status)
+        if evaluation is None or self.status is None:
+            return
+        self.status = dataclasses.replace(self.status, evaluation=evaluation)
+        self.rollout.annotate(self.status.note(self.config, evaluation))
+        row = self.status.row()
+        self._record({name: x for name, x in row.items() if name in ("step", "update") or name.startswith("eval_")})
 
     def _save(self) -> Path | None:
         """A checkpoint of the state after the last step of the optimizer; nothing before the first."""
