@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -279,6 +280,21 @@ def test_other_kinds_of_files_are_refused_without_blocking(tmp_path: Path) -> No
     finally:
         for fd in descriptors:
             os.close(fd)
+
+
+@linux
+def test_a_file_of_ours_keeps_its_locks(tmp_path: Path) -> None:
+    """A peer may name any descriptor of the learner. To open that file and close it again would give its locks up."""
+    with (tmp_path / "locked").open("wb+") as file:
+        file.truncate(4096)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        refused(own(file.fileno()), "it is a file, not a memfd")
+        code = (
+            "import fcntl, sys\n"
+            "try: fcntl.lockf(open(sys.argv[1], 'rb+'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+            "except BlockingIOError: sys.exit(7)\n"
+        )
+        assert subprocess.run([sys.executable, "-c", code, file.name], check=False).returncode == 7
 
 
 @linux

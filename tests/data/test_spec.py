@@ -216,3 +216,32 @@ def test_paths_and_trees() -> None:
     assert len(paths) == 6
     assert flatten(None)[0] == [None]
     assert tree_paths(flatten(1)[1], "root") == ["root"]
+
+
+def spoilt(name: str, tree: str, leaves: list[Any]) -> list[Any]:
+    """A specification with one field replaced, as a stranger might send it."""
+    plain = FragmentSpec.build(
+        2, 3, obs=ArraySpec("float32", (4,)), act=ArraySpec("int64"), actor={"value": ArraySpec("float32")}
+    ).to_plain()
+    plain[2] = [[name, tree, leaves] if field[0] == name else field for field in plain[2]]
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "leaves"),
+    [
+        ("state.obs", '"*"', [["float32", [(1 << 31) - 1] * 500]]),
+        ("state.obs", '"*"', [["float32", [(1 << 31) - 1] * 30]]),
+        ("state.obs", '"*"', [["float32", [1] * 70]]),
+        ("state.obs", '["namedtuple", "A", ["\ufb01", "*"], ["fi", "*"]]', [["float32", []], ["float32", []]]),
+        ("state.rew", '"*"', [["bool", []]]),
+        ("state.rew", '"*"', [["float32", [3]]]),
+        ("state.fin", '"*"', [["uint8", []]]),
+        ("ep_length", '["list", "*"]', [["int32", []]]),
+        ("bootstrap", '["dict"]', []),
+    ],
+)
+def test_what_no_fragment_is_like_is_refused(name: str, tree: str, leaves: list[Any]) -> None:
+    FragmentSpec.from_plain(spoilt("state.obs", '"*"', [["float32", [4]]]))
+    with pytest.raises(RecordError):
+        FragmentSpec.from_plain(spoilt(name, tree, leaves), most_nbytes=1 << 28)

@@ -163,7 +163,7 @@ def test_with_max_lag_0_the_replacement_takes_the_places_of_the_dead(
         assert [meta.worker for meta in second.meta] == [0, 1, 0, 1]
         assert [meta.seq for meta in second.meta] == [3, 1, 4, 2]
         assert second.lag == (0, 0, 0, 0)
-        assert it._collator.scheduler.replaced == 2  # type: ignore[attr-defined]
+        assert it._collator.scheduler.n_regranted == 2
         assert ledger.check(next(it)).lag == (0, 0, 0, 0)
         assert audit(it)["fragments"]["lost"] == 1
 

@@ -360,6 +360,15 @@ def end_of(zygote: Zygote, ended: Callable[[], Ended | None]) -> Ended:
     return found
 
 
+#: Specifications that are none, each in another way that somebody may not have thought of.
+UNHEARD_OF: list[list[Any]] = [
+    [],
+    [T, B, [["state.obs", '"*"', [["float32", [(1 << 31) - 1] * 500]]]]],
+    [T, B, [["state.obs", '["namedtuple", "A", ["\ufb01", "*"], ["fi", "*"]]', [["float32", []], ["float32", []]]]]],
+    [T, B, [["state.obs", '"*"', [["float32", [1] * 70]]]]],
+]
+
+
 def test_a_ring_that_is_none() -> None:
     """A host that is welcome, and workers of it that attach to whatever they like."""
     with rolling(stamps()) as it, Stranger(it.urls[0]) as host:
@@ -395,7 +404,16 @@ def test_a_ring_that_is_none() -> None:
                 no = worker.answer()
                 assert isinstance(no, m.Reject)
                 assert no.code == "remote_unsupported"
+        for plain in UNHEARD_OF:
+            with Stranger(it.urls[0]) as worker:
+                his = hello("worker", host=me.incarnation, index=welcome.index_base, count=0)
+                worker.send(encode(his))
+                assert isinstance(worker.answer(), m.Welcome)
+                worker.send(encode(dataclasses.replace(attach, incarnation=his.incarnation, spec=plain)))
+                no = worker.answer()
+                assert isinstance(no, m.Reject)
+                assert no.code == "spec"
         host.send(encode(m.Bye(welcome.run_id, me.incarnation)))
         assert isinstance(host.answer(), m.ByeAck)
         ledger.check(next(it))
-        assert it.stats()["losses"] == {"rejected: remote_unsupported": 2}
+        assert it.stats()["losses"] == {"rejected: remote_unsupported": 2, "rejected: spec": len(UNHEARD_OF)}

@@ -123,6 +123,22 @@ def test_a_turn_ends_after_so_many_messages(context: z.Context, folder: Path) ->
     until(lambda: z.drain(router, lambda p, h, r: None, max_messages=2, max_seconds=0.0) is not None)
 
 
+def test_a_long_payload_that_nobody_wants_is_skipped_in_turns(context: z.Context, folder: Path) -> None:
+    router, dealer = pair(context, folder)
+    assert z.send(dealer, b"long", *[b""] * (3 * z.MOST_SKIPPED))
+    assert z.send(dealer, b"next")
+    heard: list[bytes] = []
+    turns = 0
+
+    def over() -> bool:
+        nonlocal turns
+        turns += z.drain(router, lambda who, header, rest: heard.append(header))
+        return heard == [b"hello", b"long", b"next"]
+
+    until(over)
+    assert turns >= 2  # after which something was left
+
+
 def test_a_handler_that_raises_loses_only_its_message(context: z.Context, folder: Path) -> None:
     router, dealer = pair(context, folder)
     read(router, 1)

@@ -135,6 +135,7 @@ class Pipeline(RuleBasedStateMachine):
     def publish(self) -> None:
         self.version += 1
         self.in_hands = 0
+        self.scheduler.slots.newest = self.version
         self.carry_out(self.scheduler.published(self.version))
 
     @precondition(lambda self: len(self.formed) < 3)

@@ -255,3 +255,50 @@ def test_what_a_beat_says_of_a_worker_is_kept_and_when_its_calls_moved() -> None
     peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 5.0)
     beat(6.0, 9, "adopt", OTHER, b"o")  # not its host
     assert (worker.phase, worker.moved) == ("collect", 4.0)
+
+
+def test_a_host_without_workers_is_refused() -> None:
+    peers = make()
+    other = hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99, count=0)
+    assert rejection(peers.receive(b"o", other, 0.0)) == ("full", False)  # type: ignore[arg-type]
+
+
+def test_weights_are_sent_once_in_a_while_and_waited_for() -> None:
+    peers = make()
+    fetch = m.Fetch(RUN, HOST)
+    assert peers.receive(b"h", fetch, 1.0) == [SendWeights(b"h", HOST)]
+    assert [peers.receive(b"h", fetch, 1.0 + i / 100) for i in range(40)] == [[]] * 40
+    assert peers.counters == {"fetch too soon": 40}
+    for second in range(2, 30):  # they take long to arrive, and no beat comes before
+        assert peers.tick(float(second)) == []
+    assert peers.receive(b"h", fetch, 30.0) == [SendWeights(b"h", HOST)]
+
+
+def test_saying_hello_again_brings_no_more_weights() -> None:
+    peers = make()
+    assert peers.receive(b"h", m.Fetch(RUN, HOST), 1.0) == [SendWeights(b"h", HOST)]
+    peers.receive(b"h", m.Bye(RUN, HOST), 1.1)
+    peers.receive(b"h", hello(HELLO_HOST, incarnation=OTHER), 1.2)
+    assert peers.receive(b"h", m.Fetch(RUN, OTHER), 1.2) == []
+
+
+@pytest.mark.parametrize("index", [4, 65535])
+def test_a_host_reports_its_own_workers_only(index: int) -> None:
+    peers = make()
+    gone = m.Gone(RUN, HOST, OTHER, index, "error", 1, -1, "x", "")
+    assert peers.receive(b"h", gone, 1.0) == []
+    assert peers.counters == {"unexpected": 1}
+
+
+def test_a_stall_of_the_learner_is_not_held_against_a_child() -> None:
+    """What differs may be in the socket that the learner could not read."""
+    peers = make(attached=True)
+    beat = m.Beat(RUN, HOST, (m.ChildBeat(WORKER, 5, m.PHASES.index("wait"), 1, 1),))
+    assert peers.tick(0.0) == []
+    assert peers.receive(b"h", beat, 1.0, lambda _: (0, 1)) == []
+    assert peers.tick(1.0) == []
+    assert peers.tick(9.0) == []  # seven seconds late
+    assert peers.receive(b"h", beat, 9.1, lambda _: (0, 1)) == []
+    for now in (10.0, 11.0, 12.0, 13.0):
+        peers.tick(now)
+    assert peers.receive(b"h", beat, 13.5, lambda _: (0, 1)) != []

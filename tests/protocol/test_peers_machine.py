@@ -215,6 +215,7 @@ class Learner(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
+        self.scheduler.slots.newest += 1
         self.carry_out(self.scheduler.published(self.scheduler.version + 1))
 
     @rule(sure=st.integers(0, 9))

@@ -14,6 +14,12 @@ def worker_id(index: int, generation: int = 0) -> bytes:
     return bytes([index, generation]).ljust(16, b".")
 
 
+def published(s: Scheduler, version: int) -> list[Command]:
+    """As the user's thread does it: the books know of a version before anybody can see it."""
+    s.slots.newest = version
+    return s.published(version)
+
+
 class Run:
     """A learner that always has a batch prefetched, and workers that take as long as `rng` says."""
 
@@ -67,7 +73,7 @@ class Run:
         for i in range(n):
             if self.auto_publish and i:
                 self.version += 1
-                self.do(self.s.published(self.version))
+                self.do(published(self.s, self.version))
             if not requests_ahead:
                 self.do(self.s.batch_requested())
             for _ in range(10_000):
@@ -132,9 +138,9 @@ def test_what_is_too_old_is_dropped_when_it_is_certain() -> None:
     s = scheduler(table, n_per_batch=2, max_lag=1, n_workers=1)
     s.worker_attached(worker_id(0), 0, 4)
     s.ready(worker_id(0), 0, 1, 1)
-    assert s.published(2) == []
+    assert published(s, 2) == []
     old = Fragment(worker_id(0), 0, 0, 1, 1)
-    assert s.published(3)[0] == Drop(old, "stale")
+    assert published(s, 3)[0] == Drop(old, "stale")
     assert table.dropped == {"stale": 1}
     commands = s.ready(worker_id(0), 1, 2, 1)
     assert commands[0] == Drop(Fragment(worker_id(0), 1, 0, 2, 1), "stale")
@@ -145,10 +151,10 @@ def test_a_batch_that_is_too_old_at_the_yield_is_discarded() -> None:
     s = scheduler(table, n_per_batch=2, max_lag=1, n_workers=1)
     s.worker_attached(worker_id(0), 0, 2)
     s.ready(worker_id(0), 0, 1, 1)
-    s.published(2)
+    published(s, 2)
     s.ready(worker_id(0), 1, 2, 2)
     s.batch_requested()
-    s.published(3)  # a user who publishes twice per batch
+    published(s, 3)  # a user who publishes twice per batch
     assert Discard(1) in s.batch_yielded(1, 3)
     assert table.dropped == {"stale": 1, "stale batch": 1}
     s.batch_copied(1)
@@ -184,7 +190,7 @@ def test_on_policy_a_replacement_gets_what_the_dead_one_left() -> None:
     s.ready(worker_id(0), 0, 1, 1)
     lost = Fragment(worker_id(0), 0, 0, 1, 1)
     assert s.gone(worker_id(0)) == [Drop(lost, "gone"), Unmap(worker_id(0))]
-    assert s.replaced == 2
+    assert s.n_regranted == 2
     s.ready(worker_id(1), 0, 2, 1)
     new = worker_id(0, 1)
     assert s.worker_attached(new, 0, 2) == [Grant(new, 0, 1), Grant(new, 1, 1)]
@@ -272,7 +278,39 @@ def test_on_policy_the_places_of_who_never_comes_back_go_to_a_newcomer() -> None
     assert [f.worker for f in formed.fragments] == [0, 5, 0, 5]
     s.batch_copied(formed.batch_id)
     s.batch_yielded(formed.batch_id, 1)
-    s.published(2)
+    published(s, 2)
     again = [c for c in s.batch_requested() if isinstance(c, Grant)]
     assert [g.incarnation for g in again] == [worker_id(0), worker_id(0, 1)] * 2
+    table.audit()
+
+
+def test_the_word_of_a_version_comes_late() -> None:
+    """The next one may have been announced meanwhile: a Ready with it is fine."""
+    table = SlotTable()
+    s = scheduler(table, n_per_batch=1, max_lag=None, n_workers=1)
+    s.worker_attached(worker_id(0), 0, 1)
+    table.newest = 3
+    s.published(2)
+    assert table.newest == 3
+    assert isinstance(table.ready(worker_id(0), 0, 1, 3), Fragment)
+
+
+def test_what_is_too_old_is_dropped_also_after_a_discard() -> None:
+    """A discarded batch is followed by no publish: the bound falls, and later rises again over what came between."""
+    table = SlotTable()
+    s = scheduler(table, n_per_batch=1, max_lag=1, n_workers=1)
+    s.worker_attached(worker_id(0), 0, 8)
+    s.batch_requested()
+    s.ready(worker_id(0), 0, 1, 1)  # in a batch: the next one will be yielded at version 2
+    published(s, 2)
+    published(s, 3)
+    assert Discard(1) in s.batch_yielded(1, 3)
+    table.newest = 4
+    old = s.ready(worker_id(0), 1, 2, 2)
+    assert old == [] or isinstance(old[0], Grant)  # at version 3 it would be young enough
+    young = s.ready(worker_id(0), 2, 3, 4)
+    assert not [c for c in young if isinstance(c, Drop)]
+    assert Drop(Fragment(worker_id(0), 1, 0, 2, 2), "stale") in published(s, 4)
+    (formed,) = [c for c in s.batch_requested() if isinstance(c, FormBatch)]
+    assert formed.fragments[0].version == 4
     table.audit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -130,8 +131,12 @@ def test_lag_is_bounded_and_says_which_weights_acted(max_lag: int | None) -> Non
 @pytest.mark.parametrize("start_method", ["fork", "inline"])
 def test_fragments_of_a_worker_follow_one_another(start_method: Any) -> None:
     seen: dict[int, tuple[int, Batch, int]] = {}
+    expected = 2 if start_method == "fork" else 1  # inline makes each batch with the first workers
+    deadline = time.monotonic() + 30
     with multi.rollout(counting, CountingActor(), T, 2, B, 5, 1, start_method=start_method, debug=True) as it:
-        for _ in range(12):
+        for n in itertools.count():
+            if n >= 12 and (len(seen) == expected or time.monotonic() > deadline):
+                break  # on a busy machine one of the workers may come late
             batch = next(it).clone()
             (meta,) = batch.meta
             if meta.worker in seen:
@@ -141,7 +146,7 @@ def test_fragments_of_a_worker_follow_one_another(start_method: Any) -> None:
                     assert torch.equal(mine[0], theirs[-1])
                 assert torch.equal(batch.final_value[0], before.final_value[-1])
             seen[meta.worker] = meta.seq, batch, 0
-    assert len(seen) == 2 or start_method == "inline"
+    assert len(seen) == expected
 
 
 def test_debug_poisons_a_batch_past_its_time() -> None:
@@ -290,3 +295,25 @@ def test_an_error_before_the_first_fragment_names_worker_environment_and_traceba
     assert "Traceback" in caught.value.remote_traceback
     with pytest.raises(ClosedError, match="after WorkerError"):
         next(it)
+
+
+def test_what_inline_gave_up_is_counted() -> None:
+    """An interrupt in the second worker's fragment: the first one's is dropped, its own is lost."""
+    made = 0
+
+    class Interrupting(CountingEnv):
+        def step(self, action: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == 2 * 2 * T * B + T * B + 1:
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    with multi.rollout(Interrupting, CountingActor(), T, 2, B, 4, 2, start_method="inline") as it:
+        for _ in range(2):
+            next(it)
+        with pytest.raises(KeyboardInterrupt):
+            next(it)
+        next(it)
+        f = it.stats()["fragments"]
+    assert f == {"granted": 8, "committed": 7, "consumed": 6, "dropped": 1, "lost": 1, "in_flight": 0}

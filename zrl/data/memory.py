@@ -257,6 +257,9 @@ def _open_memfd(address: MemoryAddress, writable: bool) -> int:
     pinned = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_PATH | os.O_CLOEXEC)
     try:
         _check_file(os.fstat(pinned), address.nbytes)
+        # before it is opened: closing a file of one's own gives up the locks that one has on it
+        if not os.readlink(f"/proc/self/fd/{pinned}").startswith("/memfd:"):
+            raise SharedMemoryError("it is a file, not a memfd")
         mode = os.O_RDWR if writable else os.O_RDONLY
         fd = os.open(f"/proc/self/fd/{pinned}", mode | os.O_CLOEXEC | os.O_NONBLOCK)
     finally:

@@ -33,6 +33,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,15 @@ ALWAYS = [
     *("state.obs", "state.act", "state.rew", "state.fin", "state.term", "actor", "hx"),
     *("bootstrap", "final_value", "mask", "ep_return", "ep_length"),
 ]
+#: Those of them that are a single number a step and column, whatever environment and actor: their dtypes.
+SCALARS = MappingProxyType(
+    {
+        **dict.fromkeys(("state.rew", "bootstrap", "final_value", "ep_return"), "float32"),
+        **dict.fromkeys(("state.fin", "state.term", "mask"), "bool"),
+        "ep_length": "int32",
+    }
+)
+MOST_AXES = 30  # of a leaf: NumPy has 64, and views of a slot fold and add some
 ALIGNMENT = 64  # bytes: a cache line, and what vectorised loads like best
 
 #: The closed table of dtypes that a leaf may have. NumPy and torch both hold them.
@@ -169,21 +179,8 @@ class FragmentSpec:
             raise RecordError(
                 "a fragment needs steps and columns", expected=">= 1", found=f"T={n_steps}, B={n_columns}"
             )
-        float32, boolean = ArraySpec("float32"), ArraySpec("bool")
-        trees = {
-            "state.obs": obs,
-            "state.act": act,
-            "state.rew": float32,
-            "state.fin": boolean,
-            "state.term": boolean,
-            "actor": actor,
-            "hx": hx,
-            "bootstrap": float32,
-            "final_value": float32,
-            "mask": boolean,
-            "ep_return": float32,
-            "ep_length": ArraySpec("int32"),
-        }
+        given = {"state.obs": obs, "state.act": act, "actor": actor, "hx": hx}
+        trees = {name: ArraySpec(SCALARS[name]) if name in SCALARS else given[name] for name in ALWAYS}
         if keep_final_obs:
             trees["final_obs"] = obs
         if env is not None:
@@ -273,15 +270,19 @@ class FragmentSpec:
                 s.shape for name, specs, _ in wanted if name == "hx" for s in specs
             ):
                 raise ValueError("leaves do not fit the structure")
+            if any(len(s.shape) > MOST_AXES for _, specs, _ in wanted for s in specs):
+                raise ValueError(f"a leaf of more than {MOST_AXES} axes")
+            scalars = {name: (specs, tree.is_leaf()) for name, specs, tree in wanted if name in SCALARS}
+            if scalars != {name: ([ArraySpec(dtype)], True) for name, dtype in SCALARS.items()}:
+                raise ValueError("rewards, flags or statistics of another kind")
             if n_steps < 1 or n_columns < 1:
                 raise ValueError("no steps or columns")
+            spec = cls._lay_out(n_steps, n_columns, wanted)
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise RecordError("a specification that cannot be read", expected="that of a fragment", found=str(e)) from e
-        spec = cls._lay_out(n_steps, n_columns, wanted)
         if spec.nbytes > most_nbytes:
-            raise RecordError(
-                "a fragment is too large", expected=f"at most {most_nbytes} bytes", found=str(spec.nbytes)
-            )
+            size = f"{spec.nbytes:,} bytes" if spec.nbytes < 1 << 63 else "far more"
+            raise RecordError("a fragment is too large", expected=f"at most {most_nbytes:,} bytes", found=size)
         return spec
 
     def differences(self, other: FragmentSpec) -> list[str]:

@@ -97,8 +97,9 @@ def _key(key: Any) -> str | int:
 
 
 def _text(name: Any) -> str:
-    if not isinstance(name, str):
-        raise TypeError("no text")
+    """A name of a namedtuple or of one of its fields; ASCII, for Python takes some others for the same."""
+    if not isinstance(name, str) or not name.isascii():
+        raise TypeError("no text, or not of ASCII")
     return name
 
 

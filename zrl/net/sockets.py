@@ -18,6 +18,7 @@ after every turn of reading, and comes back by itself where messages wait. `Endp
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from zrl.errors import ConfigError, ProtocolError
 from zrl.net.addresses import check_bind, in_use
 
 MAX_FRAME = 256 << 10  # bytes: a larger one would keep heartbeats waiting on a slow link
+MOST_SKIPPED = 1024  # frames of an unwanted payload that are read in one turn
 HANDSHAKE_MS = 5_000
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
@@ -153,13 +155,15 @@ class Rest:
         if at != len(buffer):
             raise ProtocolError(f"a payload of {at} bytes, expected {len(buffer)}")
 
-    def skip(self) -> int:
-        """Read what is left of the message and forget it; the number of frames."""
+    def skip(self, most: float = math.inf) -> bool:
+        """Read what is left of the message, at most so many frames, and forget it; whether that was all."""
         n = 0
         while self.more:
+            if n >= most:
+                return False
             self._socket.recv(zmq.NOBLOCK)  # the frames of a message arrive together
             n += 1
-        return n
+        return True
 
 
 #: What to do with a message: (routing id, header frame, its payload). The id is b"" where the socket is no ROUTER.
@@ -169,9 +173,12 @@ Handler = Callable[[bytes, bytes, Rest], None]
 def drain(socket: Socket, handler: Handler, max_messages: int = 256, max_seconds: float = 0.002) -> bool:
     """Hand over the messages that wait, for one turn at most; whether more are waiting.
 
-    What `handler` does not read of a payload is skipped. If it raises, the message counts as read.
+    What `handler` does not read of a payload is skipped, if it is long in the turns that follow. If it raises, the
+    message counts as read.
     """
     rest = Rest(socket)
+    if not rest.skip(MOST_SKIPPED):
+        return True
     has_id = socket.type == zmq.ROUTER
     deadline = time.perf_counter() + max_seconds
     for _ in range(max_messages):
@@ -185,10 +192,11 @@ def drain(socket: Socket, handler: Handler, max_messages: int = 256, max_seconds
             elif rest.more:
                 handler(first, socket.recv(zmq.NOBLOCK), rest)
         finally:
-            if not socket.closed:  # by the handler
-                rest.skip()
+            skipped = socket.closed or rest.skip(MOST_SKIPPED)  # closed by the handler
         if socket.closed:
             return False
+        if not skipped:
+            return True
         if time.perf_counter() >= deadline:
             break
     return waiting(socket)

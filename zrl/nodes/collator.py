@@ -53,6 +53,7 @@ from zrl.protocol.slots import SlotTable, Unmap
 
 TICK = 1.0  # seconds between two looks at the clock
 MAX_FRAGMENT_BYTES = 256 << 20
+MOST_WARNINGS, MOST_TEXT = 20, 300  # of workers that are gone, in a second; characters of each
 DRAIN_SHARE = 0.3  # of the time for closing, in which workers may finish by themselves
 
 logger = logging.getLogger("zrl")
@@ -158,6 +159,7 @@ class Collator:
         self._recent = Recent()  # as of the last tick
         self._cores = cores()
         self._odd = 0
+        self._warned = 0  # of workers that are gone, since the last tick
         self._run_dir = run_dir
         self._own = own
         self._mapped: dict[bytes, _Mapped] = {}
@@ -384,6 +386,7 @@ class Collator:
     def _tick(self) -> None:
         now = time.monotonic()
         self._timer = self._loop.call_later(TICK, self._tick)
+        self._warned = 0
         self._do(self.peers.tick(now))
         if self._host is not None:
             self._host.tick(now)
@@ -480,6 +483,8 @@ class Collator:
     def _inspect(self, c: p.Inspect) -> None:
         attach = c.attach
         try:
+            if attach.incarnation in self.slots.rings:  # lost, with a slot that is still being copied
+                raise _Refusal("ring", "this incarnation has had its ring")
             mapped = self._map(attach)
         except _Refusal as no:
             self._do(self.peers.refused(attach.incarnation, no.code, str(no)))
@@ -549,8 +554,18 @@ class Collator:
         if not c.again and c.reason not in ("bye", "drained"):
             self.losses[c.reason] += 1
         if report is not None and self._host is None and report.cause not in ("drained", "disconnected"):
-            logger.warning("worker %d is gone (%s): %s", c.worker, report.cause, m.printable(report.error))
+            self._warned += 1
+            if self._warned <= MOST_WARNINGS:
+                error = m.printable(report.error[:MOST_TEXT])
+                logger.warning("worker %d is gone (%s): %s", c.worker, report.cause, error)
+        before = self.scheduler.n_regranted
         self._do(self.scheduler.gone(c.incarnation, "gone", clean=c.clean))
+        if self.scheduler.n_regranted > before:
+            logger.warning(
+                "worker %d is gone, and another makes its fragments of this batch: this run cannot be repeated bit for "
+                "bit any more",
+                c.worker,
+            )
 
     def _host_lost(self, c: p.HostLost) -> None:
         logger.info("host %s is gone: %s", m.printable(c.name), c.reason)
@@ -570,7 +585,13 @@ class Collator:
     }
 
     def _to(self, peer: bytes, message: m.Message) -> None:
-        if not self._endpoint.send(peer, encode(message)):
+        try:
+            data = encode(message)
+        except ProtocolError as error:  # no message of ours can be this: then of nobody's making but ours
+            logger.error("a message that cannot be sent: %s", error)
+            self._odd += 1
+            return
+        if not self._endpoint.send(peer, data):
             self._do(self.peers.unreachable(peer))
 
     def _to_own_host(self, message: m.Message) -> None:
@@ -607,6 +628,7 @@ class Collator:
             "hosts": len(self.peers.hosts),
             "replaced": self._host.n_replaced if self._host is not None else 0,
             "losses": dict(self.losses),
+            "regranted": self.scheduler.n_regranted,
             "stale": {worker: n for worker, n in self.stale.items() if n},
             "env_steps": int(times.pop("n_env_steps")),
             "seconds": {**times, "wait": self.waited, "copy": feed.copy_seconds},

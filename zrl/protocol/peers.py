@@ -11,6 +11,7 @@ a peer that was not welcomed leaves nothing behind in memory.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from zrl.protocol import messages as m
 from zrl.protocol.peer_states import HOST_TRANSITIONS, WORKER_TRANSITIONS, Event, State
 
 OWN = b""  # routing id of the learner's own host
+FETCH_SECONDS = 0.5  # between two answers to a host's Fetch
+FETCH_GRACE = 60.0  # seconds for the weights to arrive
 WAITING = m.PHASES.index("wait")
 
 
@@ -168,6 +171,7 @@ class Peers:
         self._most_hosts = most_hosts
         self._peers: dict[bytes, Host | Worker] = {}  # by routing id
         self._bases: dict[str, tuple[int, int]] = {}  # name -> (index base, count), for the whole run
+        self._fetched: dict[str, float] = {}  # name -> when it was last sent weights
         self._next_base = 0
         self._last_tick: float | None = None
 
@@ -251,6 +255,12 @@ class Peers:
         if isinstance(message, m.Gone) and self._step(host, Event.REPORT):
             return self._report(host, message)
         if isinstance(message, m.Fetch) and self._step(host, Event.FETCH):
+            # each answer is a copy of the weights in the learner's memory, until it is taken
+            if now - self._fetched.get(host.name, -math.inf) < FETCH_SECONDS:
+                return self._ignore("fetch too soon")
+            self._fetched[host.name] = now
+            # they may take long to arrive, and the host's beats behind them
+            host.deadline = max(host.deadline, now + FETCH_GRACE)
             return [SendWeights(host.peer, host.incarnation)]
         if isinstance(message, m.Bye):
             commands = self._lose_host(host, "bye", Event.BYE)
@@ -291,7 +301,7 @@ class Peers:
 
     def _report(self, host: Host, gone: m.Gone) -> list[Command]:
         worker = self.workers.get(gone.worker)
-        if worker is not None and worker.host is not host:
+        if (worker is not None and worker.host is not host) or not host.base <= gone.index < host.base + host.count:
             return self._ignore("unexpected")
         if worker is None:  # it died before its Hello, or was given up before: why is still of interest
             again = gone.worker in host.unreported
@@ -346,6 +356,8 @@ class Peers:
         self._last_tick = now
         for host in self.hosts.values():
             host.deadline += late
+        for worker in self.workers.values():
+            worker.disagree_since += late
         silent = [host for host in self.hosts.values() if host.peer != OWN and now >= host.deadline]
         return [command for host in silent for command in self._lose_host(host, "silent")]
 
@@ -397,7 +409,7 @@ class Peers:
         base, reserved = self._bases.get(name, (0, -1))
         if count <= reserved:
             return base
-        if len(self._bases) >= self._most_hosts or self._next_base + count > 1 << 16:
+        if count < 1 or len(self._bases) >= self._most_hosts or self._next_base + count > 1 << 16:
             return None
         base, self._next_base = self._next_base, self._next_base + count
         self._bases[name] = (base, count)

@@ -103,6 +103,7 @@ class Scheduler:
         self._queue: deque[Fragment] = deque()  # READY, in order of arrival
         self._wanted = 0  # requests not yet answered
         self._next_id = 0
+        self.n_regranted = 0  # places of a synchronous batch that were granted once more
 
     # What happens. Every method returns what is to be done about it.
 
@@ -128,11 +129,11 @@ class Scheduler:
         return [*commands, *([unmap] if unmap else []), *self._go_on()]
 
     def published(self, version: int) -> list[Command]:
-        """These weights are on the board."""
+        """These weights are on the board. Whoever put them there has told the books before (`SlotTable.newest`): a
+        worker may be faster than this."""
         if version <= self.version:
             raise RuntimeError(f"version {version} published after {self.version}")
         self.version = version
-        self.slots.newest = max(version, self.slots.newest)
         self._in_hands = False
         return self._go_on()
 
@@ -252,9 +253,10 @@ class Bounded(Scheduler):
 
     def _purge(self) -> list[Command]:
         oldest = self._version_at_yield - self._k
-        if oldest <= self._oldest and not (self._queue and self._queue[-1].version < oldest):
+        unchanged = oldest <= self._oldest and not (self._queue and self._queue[-1].version < oldest)
+        self._oldest = oldest  # falls where a batch is discarded
+        if unchanged:
             return []
-        self._oldest = oldest
         old = [f for f in self._queue if f.version < oldest]
         self._queue = deque(f for f in self._queue if f.version >= oldest)
         for f in old:
@@ -281,8 +283,7 @@ def _burden(ring: Ring) -> tuple[int, int]:
 class Synchronous(Scheduler):
     """``max_lag=0``: exactly P grants per request, in places that go round by worker index.
 
-    Attributes:
-        replaced: places that were granted again because their worker died: each is a break of reproducibility.
+    A place that is granted again because its worker died (`n_regranted`) is a break of reproducibility.
     """
 
     def __init__(self, slots: SlotTable, n_per_batch: int, n_workers: int) -> None:
@@ -293,7 +294,6 @@ class Synchronous(Scheduler):
             )
         super().__init__(slots, n_per_batch, 0)
         self.n_workers = n_workers
-        self.replaced = 0
         self._open: dict[int, int] = {}  # place -> worker index: to be granted
         self._places: dict[tuple[bytes, int], int] = {}  # (incarnation, slot) -> place: granted
         self._done: dict[int, Fragment] = {}  # place -> fragment
@@ -320,7 +320,7 @@ class Synchronous(Scheduler):
         for place in dropped:
             del self._done[place]
             self._open[place] = worker
-        self.replaced += len(lost) + len(dropped)
+        self.n_regranted += len(lost) + len(dropped)
 
     def _next_batch(self) -> tuple[Fragment, ...]:
         if len(self._done) < self.n_per_batch:

@@ -54,8 +54,8 @@ class InlineRollout:
         self._acting: list[WeightsPacker] = []
         self._contexts: list[Context] = []
         self._seqs = [0] * o.n_actors
-        self._n_yielded = self._n_made = 0
-        self._interrupted: Context | None = None
+        self._n_yielded = self._n_made = self._n_lost = 0
+        self._interrupted: set[int] = set()  # workers in the middle of a fragment
         self._aging = Aging() if o.debug else None
         self._alone = Alone()
         self._closed = ""
@@ -118,7 +118,7 @@ class InlineRollout:
         metas = []
         for place, slot in enumerate(self._slots):
             worker = place % len(self._contexts)
-            self._collect(self._contexts[worker], slot)
+            self._collect(worker, slot)
             self._seqs[worker] += 1
             metas.append(FragmentMeta(self.version, worker, self._seqs[worker]))
         k = self._n_made % self._buffers.n_buffers
@@ -127,14 +127,16 @@ class InlineRollout:
         batch = Batch.of_record(Record.of(self._slots[0].spec, self._buffers.leaves(k)), tuple(metas), self.version)
         return batch if self._to.type == "cpu" else batch.to(self._to)
 
-    def _collect(self, ctx: Context, slot: Slot) -> None:
-        if self._interrupted is ctx:
+    def _collect(self, worker: int, slot: Slot) -> None:
+        ctx = self._contexts[worker]
+        if worker in self._interrupted:
+            self._n_lost += 1
             ctx.restart()
-        self._interrupted = ctx
+        self._interrupted.add(worker)
         collect(ctx, slot)
         if self._options.debug:
             check_forward(ctx, slot)
-        self._interrupted = None
+        self._interrupted.remove(worker)
 
     def publish(self) -> int:
         """Let the weights of the learner act from the next fragment on; returns their version."""
@@ -153,10 +155,18 @@ class InlineRollout:
         times = [ctx.times.as_dict() for ctx in self._contexts]
         total = {name: sum(t[name] for t in times) for name in times[0]} if times else {"n_env_steps": 0}
         n = sum(self._seqs)
+        consumed = min(n, self._n_yielded * self._options.n_per_batch)  # others were of a batch that was given up
         return {
             "version": self.version,
             "batches": self._n_yielded,
-            "fragments": {"granted": n, "committed": n, "consumed": n, "dropped": 0, "lost": 0, "in_flight": 0},
+            "fragments": {
+                "granted": n + self._n_lost,
+                "committed": n,
+                "consumed": consumed,
+                "dropped": n - consumed,
+                "lost": self._n_lost,
+                "in_flight": 0,
+            },
             "workers": len(self._contexts),
             "env_steps": int(total.pop("n_env_steps")),
             "seconds": total,
