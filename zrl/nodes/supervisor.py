@@ -3,7 +3,8 @@
 Its life is a sequence of runs. Of each:
 
     Hello ─► Welcome ─► Fetch ─► Weights ─► board ─► workers start          DEALER
-    from the Fetch on: Beat, every second; Gone, when one ends; Revoke, Drain DEALER
+    from Fetch on: Beat, every second                                       DEALER
+    then: Gone, when one ends; Revoke, Drain                                DEALER
           weights, the newest of them, onto the board                       SUB
           the learner's heartbeat                                           SUB
 
