@@ -13,6 +13,8 @@ import zmq
 from zrl.errors import ConfigError, ProtocolError
 from zrl.net import sockets as z
 from zrl.net.addresses import MAX_SOCKET_PATH, pub_url, run_directory
+from zrl.net.link import Link
+from zrl.net.observer import Observer
 
 LIMIT = 5.0  # seconds
 
@@ -219,6 +221,15 @@ def test_addresses_that_are_refused(context: z.Context, url: str, word: str) -> 
 def test_nonsense_to_connect_to(context: z.Context) -> None:
     with pytest.raises(ConfigError, match="expected"):
         z.connect(z.make_dealer(context), "nonsense")
+    with pytest.raises(ConfigError, match="expected"):
+        z.make_sub(context, "nonsense", b"topic", max_nbytes=1)
+
+
+@pytest.mark.parametrize("kind", [Link, Observer])
+@pytest.mark.parametrize("url", ["tcp://no such host:5555", "ipc:///" + "x" * MAX_SOCKET_PATH])
+def test_who_cannot_connect_lets_go_of_everything(kind: type[Link | Observer], url: str) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        kind(url)
 
 
 @pytest.mark.parametrize("url", ["tcp://127.0.0.1:65535", "tcp://127.0.0.1:x", "tcp://127.0.0.1"])

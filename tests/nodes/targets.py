@@ -59,6 +59,10 @@ def hang(_: object, path: str = "") -> None:
         signal.pause()
 
 
+def idle(_: object, job: object) -> None:
+    hang(None)
+
+
 def hang_without_ears(_: object, path: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     hang(None, path)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from zrl.errors import ConfigError, ProcessError
-from zrl.nodes.children import Child, Event, Lost, Spawner, Zygote
+from zrl.nodes.children import MOST_ASKED, Child, Event, Lost, Spawner, Zygote
+from zrl.nodes.logs import Logs
 from zrl.nodes.pipe import CONNECTION_ENDED, MAX_TRACEBACK, Ended, Started
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -210,6 +211,30 @@ def test_kill_and_terminate(zygote: Zygote, tmp_path: Path) -> None:
         send(child)  # right behind the request: whether it has settled or not
         assert ended(zygote, child).signal == signum
         send(child)  # nobody there: nothing happens
+
+
+def test_many_are_asked_for_while_nobody_reads(tmp_path: Path) -> None:
+    """More than the pair holds; a zygote that imports does not read either."""
+    with new(Spawner, tmp_path) as zygote:
+        os.kill(zygote.process.pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        children = [zygote.fork(f"worker-{i}", ("hang",)) for i in range(500)]
+        for child in children[MOST_ASKED + 2 :]:
+            zygote.dump(child)
+            zygote.kill(child)
+        assert time.monotonic() - begin < 5
+        never = [child.ended for child in children[MOST_ASKED + 2 :]]
+        assert zygote.events() == never
+        assert {(end.pid, end.signal) for end in never if end} == {(None, signal.SIGKILL)}
+        asked, waiting = children[:MOST_ASKED], children[MOST_ASKED : MOST_ASKED + 2]
+        for child in asked:
+            zygote.kill(child)
+        os.kill(zygote.process.pid, signal.SIGCONT)
+        assert {ended(zygote, child).signal for child in asked} == {signal.SIGKILL}
+        for child in waiting:  # there is room for them now
+            until(lambda child=child: child.pid, zygote)  # type: ignore[misc]
+            zygote.kill(child)
+            ended(zygote, child)
 
 
 def test_a_stopped_child_can_be_killed(zygote: Zygote, tmp_path: Path) -> None:
@@ -512,6 +537,22 @@ def test_kill_9_of_the_zygote_is_a_loss(tmp_path: Path, kind: type[Zygote]) -> N
         until(lambda: not alive(pid_of(child)), patience=2)
         with pytest.raises(ProcessError):
             zygote.fork("worker-1")
+
+
+def test_the_log_that_a_loss_names_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    logs = Logs(None)
+    with Spawner.start(
+        TARGET, None, run_dir=tmp_path / "run", log_dir=tmp_path / "run" / "logs", keep_log=logs.keep
+    ) as zygote:
+        zygote.process.kill()
+        lost = zygote.wait_event(PATIENCE)
+        assert isinstance(lost, Lost)
+        with pytest.raises(ProcessError, match="its log") as caught:
+            zygote.fork("worker-0")
+    for text in (lost.why, str(caught.value)):
+        (log,) = (word for word in text.replace(":\n", " ").split() if word.endswith("zygote.log"))
+        assert Path(log).exists()
 
 
 def test_sigterm_of_the_zygote_ends_the_children(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the incarnation; the host starts another.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 
@@ -30,19 +31,27 @@ class Link:
 
     Attributes:
         n_odd: messages that could not be decoded.
+
+    Raises:
+        ConfigError: no URL that can be connected to.
     """
 
     def __init__(self, url: str, *, connect_timeout: float = 30.0) -> None:
         self.n_odd = 0
         self._url = url
         self._timeout = connect_timeout
-        self._context = make_context()
-        self._dealer = make_dealer(self._context)
-        self._broken = Disconnections(self._dealer)
+        with contextlib.ExitStack() as opened:
+            self._context = make_context()
+            opened.callback(self._context.term)
+            self._dealer = make_dealer(self._context)
+            opened.callback(self._dealer.close)
+            self._broken = Disconnections(self._dealer)
+            opened.callback(self._broken.close)
+            connect(self._dealer, url)
+            self._opened = opened.pop_all()
         self._poller = zmq.Poller()
         self._poller.register(self._dealer, zmq.POLLIN)
         self._poller.register(self._broken.socket, zmq.POLLIN)
-        connect(self._dealer, url)
 
     def send(self, message: Message, *payload: memoryview) -> None:
         """Send one message; the first one waits for the connection.
@@ -86,8 +95,4 @@ class Link:
 
     def close(self) -> None:
         """Close; what was sent and not yet taken by the system is lost, see Bye and ByeAck. Idempotent."""
-        if self._context.closed:
-            return
-        self._broken.close()
-        self._dealer.close()
-        self._context.term()
+        self._opened.close()

@@ -79,7 +79,11 @@ def make_sub(context: Context, url: str, topic: bytes, *, max_nbytes: int) -> So
     sub.setsockopt(zmq.CONFLATE, 1)
     sub.setsockopt(zmq.MAXMSGSIZE, max_nbytes)
     sub.setsockopt(zmq.SUBSCRIBE, topic)
-    connect(_with_heartbeats(sub), url)
+    try:
+        connect(_with_heartbeats(sub), url)
+    except BaseException:
+        sub.close()
+        raise
     return sub
 
 
@@ -107,14 +111,13 @@ def connect(socket: Socket, url: str) -> None:
     """Connect; in the background, and again whenever the connection is lost.
 
     Raises:
-        ConfigError: no URL that can be connected to. The socket is closed then.
+        ConfigError: no URL that can be connected to.
     """
     try:
         if url.startswith("tcp://["):
             socket.setsockopt(zmq.IPV6, 1)
         socket.connect(url)
     except zmq.ZMQError as error:
-        socket.close()
         raise ConfigError(f"{url}: {error.strerror}: expected ipc://PATH or tcp://HOST:PORT") from None
 
 

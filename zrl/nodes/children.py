@@ -7,7 +7,8 @@
     zygote.close(deadline)
 
 No threads, no polling: all news come through one descriptor. Nothing waits for the zygote's imports either; children
-asked for before they are done are forked as soon as they are.
+asked for before they are done are forked as soon as they are. A zygote that imports does not read, and the pair holds
+little: so only a few requests are under way at a time, and each `Started` makes room for the next.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from zrl.nodes.pipe import End, Ended, Fork, Ready, Signal, Start, Started, Surr
 
 #: What a worker needs besides its own module; most of the start-up time of a fresh interpreter.
 PRELOAD = ("torch", "gymnasium", "gymnasium.vector", "zrl.collect.build")
-SEND_TIMEOUT = 10.0  # seconds that a request may wait for a zygote that is still importing
+SEND_TIMEOUT = 10.0  # seconds that a message may wait for a zygote that does not read
+MOST_ASKED = 8  # children that are asked for and not yet there; also what a pair of 8 KB holds, as on macOS
 CLOSE_TIMEOUT = 5.0  # seconds for `close`, when nobody said how long
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -81,15 +83,25 @@ class Zygote:
     _socket: socket.socket
     children: dict[int, Child] = field(default_factory=dict)
     ready: Ready | None = None
+    _keep_log: Callable[[Path], Path] = field(default=lambda log: log)
     _unframer: Unframer = field(default_factory=Unframer)
     _events: deque[Event] = field(default_factory=deque)
     _n_forked: int = 0
+    _asked: set[int] = field(default_factory=set)  # serials of children on their way
+    _queue: dict[int, list[Fork | Signal]] = field(default_factory=dict)  # by serial: what waits until fewer are
     _over: bool = False  # the zygote's end of the pair is closed
     _closed: bool = False
 
     @classmethod
     def start(
-        cls, target: Target, payload: object, *, run_dir: Path, log_dir: Path, preload: Sequence[str] = ()
+        cls,
+        target: Target,
+        payload: object,
+        *,
+        run_dir: Path,
+        log_dir: Path,
+        preload: Sequence[str] = (),
+        keep_log: Callable[[Path], Path] = lambda log: log,
     ) -> Self:
         """Start the zygote and return at once, while it imports.
 
@@ -100,13 +112,17 @@ class Zygote:
             run_dir: folder that exists and is removed at the end, also when this process is killed.
             log_dir: gets ``zygote.log`` and one ``<name>.log`` per child; made if it does not exist.
             preload: modules to import besides `PRELOAD`; they must not start threads.
+            keep_log: makes sure that a log that an error names stays; its path then.
 
         Raises:
-            ConfigError: the target or the payload cannot be pickled.
+            ConfigError: the target or the payload cannot be pickled, or there can be no `log_dir`.
             ProcessError: the process cannot be started.
         """
         run_dir, log_dir = run_dir.absolute(), log_dir.absolute()
-        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"logs: the folder {log_dir} cannot be made: {error.strerror}; choose another") from error
         surroundings = Surroundings.here()
         ours, theirs = socket.socketpair()
         with theirs, contextlib.ExitStack() as undo:
@@ -117,7 +133,7 @@ class Zygote:
             finally:
                 os.close(payload_fd)
             undo.pop_all()
-        zygote = cls(run_dir, log_dir, process, ours)
+        zygote = cls(run_dir, log_dir, process, ours, _keep_log=keep_log)
         zygote._send(Start(cls.mode, str(run_dir), payload_fd, (*PRELOAD, *preload), surroundings, os.getpid()))
         return zygote
 
@@ -140,28 +156,31 @@ class Zygote:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"name: expected letters, digits, '.', '_' or '-', not {name!r:.120}")
         if self._closed or self._over:
-            raise ProcessError(f"{name} cannot be started: the zygote has ended; its log: {self.log}")
+            raise ProcessError(f"{name} cannot be started: the zygote has ended; its log: {self._keep_log(self.log)}")
         pickled = _pickled(f"the arguments of {name}", args)
         self._n_forked += 1
         child = Child(self._n_forked, name, self.log_dir / f"{name}.log")
         self.children[child.serial] = child
-        self._send(Fork(child.serial, name, str(child.log), pickled))
+        self._queue[child.serial] = [Fork(child.serial, name, str(child.log), pickled)]
+        self._ask()
         return child
 
     def kill(self, child: Child) -> None:
-        """SIGKILL, to the child and to its own children. Nothing happens if it has ended."""
-        self._signal(child, signal.SIGKILL)
+        """SIGKILL, to the child and to its own children. Nothing happens if it has ended. One whose turn to start has
+        not come never starts: that it has `Ended` is among the events at once, and nothing else says so."""
+        self._end_child(child, signal.SIGKILL)
 
     def terminate(self, child: Child) -> None:
-        """SIGTERM. Nothing happens if it has ended."""
-        self._signal(child, signal.SIGTERM)
+        """SIGTERM; otherwise like `kill`."""
+        self._end_child(child, signal.SIGTERM)
 
     def dump(self, child: Child) -> None:
         """Have the stacks of all its threads written into its log. Nothing happens if it has ended."""
         self._signal(child, signal.SIGUSR1)
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `events` has news; for good after `Lost`, so stop watching it then."""
+        """A descriptor that is readable when `events` has news; for good after `Lost`, so stop watching it then. Look
+        for yourself after `kill` and `terminate`."""
         return self._socket.fileno()
 
     def events(self) -> list[Event]:
@@ -213,8 +232,27 @@ class Zygote:
 
     def _signal(self, child: Child, signum: signal.Signals) -> None:
         """Through the zygote: it is the one who knows that the pid is still the child's."""
-        if child.ended is None and not self._closed:
+        if child.ended is not None or self._closed:
+            return
+        if waiting := self._queue.get(child.serial):
+            waiting.append(Signal(child.serial, signum))
+        else:
             self._send(Signal(child.serial, signum))
+
+    def _end_child(self, child: Child, signum: signal.Signals) -> None:
+        if not self._closed and child.serial in self._queue:
+            del self._queue[child.serial]
+            self._take(Ended(child.serial, None, child.name, None, signum, ""))
+        else:
+            self._signal(child, signum)
+
+    def _ask(self) -> None:
+        """Ask for those whose turn it is."""
+        while self._queue and len(self._asked) < MOST_ASKED and not (self._closed or self._over):
+            serial = next(iter(self._queue))
+            self._asked.add(serial)
+            for message in self._queue.pop(serial):
+                self._send(message)
 
     def _send(self, message: object, timeout: float = SEND_TIMEOUT) -> None:
         self._socket.settimeout(max(timeout, 1e-3))
@@ -222,7 +260,8 @@ class Zygote:
             self._socket.sendall(frame(message))
         except TimeoutError:
             self.process.kill()  # part of a message may be on its way: there is no going on
-            raise ProcessError(f"the zygote does not listen (for {timeout:.0f} s); its log: {self.log}") from None
+            log = self._keep_log(self.log)
+            raise ProcessError(f"the zygote does not listen (for {timeout:.0f} s); its log: {log}") from None
         except OSError:
             pass  # it has ended: the next `events` says so, and why
 
@@ -236,23 +275,32 @@ class Zygote:
         """Take all that is there."""
         if self._over or self._socket.fileno() < 0:
             return
+        if self._read():
+            with contextlib.suppress(ProcessError):  # it was killed for that, and is `Lost` next time
+                self._ask()
+            return
+        self._over = True
+        if not self._closed:
+            self._lost()
+
+    def _read(self) -> bool:
+        """Take all that is there; whether there can be more."""
         self._socket.setblocking(False)
         try:
             while data := self._socket.recv(1 << 16):
                 for message in self._unframer.feed(data):
                     self._take(message)
         except BlockingIOError:
-            return
+            return True
         except ConnectionError:
             pass
-        self._over = True
-        if not self._closed:
-            self._lost()
+        return False
 
     def _take(self, message: Ready | Started | Ended) -> None:
         if isinstance(message, Ready):
             self.ready = message
             return
+        self._asked.discard(message.serial)
         if isinstance(message, Started):
             self.children[message.serial].pid = message.pid
         else:
@@ -271,13 +319,14 @@ class Zygote:
         how = f"signal {-code}" if code < 0 else f"status {code}"
         why = f"the zygote ended with {how}"
         self._all_ended(why)
-        self._events.append(Lost(f"{why}; the end of its log, {self.log}:\n{_tail(self.log)}"))
+        self._events.append(Lost(f"{why}; the end of its log, {self._keep_log(self.log)}:\n{_tail(self.log)}"))
 
     def _all_ended(self, why: str) -> None:
         for child in self.children.values():
             child.ended = Ended(child.serial, child.pid, child.name, None, None, why)
             self._events.append(child.ended)
         self.children.clear()
+        self._queue.clear()
 
     def _reap(self) -> int:
         """Exit status of the zygote, which has closed its end of the pair and so is about to go, or was killed."""

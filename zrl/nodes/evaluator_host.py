@@ -91,6 +91,7 @@ class EvaluatorHost:
                 run_dir=self._run_dir,
                 log_dir=log_dir or self._run_dir / "logs",
                 preload=["zrl.nodes.evaluator"],
+                keep_log=self._keep_log,
             )
             undo.pop_all()
         self._launch()

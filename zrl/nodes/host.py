@@ -161,8 +161,13 @@ class Host:
         )
 
     def begin(self, run: RunInfo) -> None:
-        """Start the workers of a run. Those of the one before have ended."""
+        """Start the workers of a run. Those of the one before have ended, or were killed: nobody waits for one that the
+        system does not let go."""
+        for kid in list(self.kids.values()):
+            logger.warning("worker %d of the run before was killed and has not ended yet", kid.index)
+            self._forget(kid)
         self._run = run
+        self._last_tick = time.monotonic()
         self._stopping = False
         self._proven.clear()
         self._restarts = self._new_budget()
@@ -184,6 +189,7 @@ class Host:
             if self._look(kid).phase == Phase.BUILD:
                 kid.cause = kid.cause or "drained"
                 self._zygote.terminate(kid.child)
+        self._loop.call_soon(self._on_events)  # of those that have not started
 
     def end(self) -> None:
         """Kill all workers, whose run is over: nobody wants to hear of it. Replace nobody."""
@@ -191,6 +197,7 @@ class Host:
         self._run = None
         for kid in self.kids.values():
             self._zygote.kill(kid.child)
+        self._loop.call_soon(self._on_events)
 
     async def ended(self, timeout: float) -> bool:
         """Wait for the end of the last child; False if it has not come within `timeout` seconds."""
@@ -282,11 +289,12 @@ class Host:
         logger.warning("worker %d is killed: %s; its stacks: %s", kid.index, why, kid.child.log)
         kid.cause = cause
         self._zygote.dump(kid.child)
-        kid.timers.append(self._loop.call_later(DUMP_SECONDS, self._zygote.kill, kid.child))
+        kid.timers.append(self._loop.call_later(DUMP_SECONDS, self._kill, kid, cause))
 
     def _kill(self, kid: Kid, cause: str) -> None:
         kid.cause = kid.cause or cause
         self._zygote.kill(kid.child)
+        self._loop.call_soon(self._on_events)
 
     def _row(self, kid: Kid) -> m.ChildBeat:
         p = kid.progress

@@ -4,12 +4,14 @@
     ─────────────                       ─────────────────
     module ─► board, version += 1  ──►  snapshot: a copy and its crc32 ─► PUB; Weights in answer to Fetch
 
-The user's thread does no more than the copy onto the board. What goes over the network is read from there, only where
+The user's thread does no more than the copy onto the board, and waits for the collator's only where it published so
+fast that that copy was overtaken three times. What goes over the network is read from there, only where
 there is somebody to read it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -48,6 +50,7 @@ class Publisher:
         self.nbytes, self.digest = manifest.nbytes, manifest.digest
         self.board = Board.create(manifest.nbytes, run_id=run_id, digest=manifest.digest)
         self.board.publish(version, self._packer.pack)
+        self._writing = threading.Lock()
         self._snapshot: Bytes | None = None
         self._snapshot_version = 0
         self._crc = 0
@@ -65,7 +68,8 @@ class Publisher:
             raise RuntimeError("closed")
         version = self.version + 1
         announce(version)
-        self.board.publish(version, self._packer.pack)
+        with self._writing:
+            self.board.publish(version, self._packer.pack)
         self.version = version
         return version
 
@@ -98,10 +102,11 @@ class Publisher:
         if self._snapshot is None or self.board.version > self._snapshot_version:
             flat = np.empty(self.nbytes, np.uint8)
             version = self.board.read(flat, self._snapshot_version)
-            if version is not None:  # else overtaken three times by the user's thread: the next one will do
-                self._snapshot, self._snapshot_version, self._crc = flat, version, crc32(flat)
-        if self._snapshot is None:
-            raise RuntimeError("no weights could be read from the board")
+            if version is None:  # overtaken three times by the user's thread: for once it has to wait
+                with self._writing:
+                    version = self.board.read(flat, self._snapshot_version)
+            assert version is not None
+            self._snapshot, self._snapshot_version, self._crc = flat, version, crc32(flat)
         return self._snapshot_version, self._snapshot
 
     def close(self) -> None:

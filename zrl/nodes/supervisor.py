@@ -3,7 +3,8 @@
 Its life is a sequence of runs. Of each:
 
     Hello ─► Welcome ─► Fetch ─► Weights ─► board ─► workers start          DEALER
-    then: Beat, every second; Gone, when one ends; Revoke, Drain            DEALER
+    from Fetch on: Beat, every second                                       DEALER
+    then: Gone, when one ends; Revoke, Drain                                DEALER
           weights, the newest of them, onto the board                       SUB
           the learner's heartbeat                                           SUB
 
@@ -20,6 +21,7 @@ import dataclasses
 import functools
 import json
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -43,7 +45,7 @@ from zrl.nodes.logs import Logs
 from zrl.protocol import messages as m
 
 MAX_WEIGHTS_NBYTES = 1 << 36
-ANSWER_TIMEOUT = 10.0  # seconds for Weights after Fetch
+ANSWER_TIMEOUT = 60.0  # seconds for Weights after Fetch: they may be large, and the way slow
 FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
 GRACE = 5.0  # seconds for the workers' end
 BYE_TIMEOUT = 2.0
@@ -95,29 +97,42 @@ def supervise(options: SupervisorOptions, say: Callable[[str], None] = lambda te
         say: gets a line whenever something changes.
 
     Raises:
-        ConfigError: a URL that is none.
+        ConfigError: a URL that cannot be connected to, a folder for logs that cannot be made, or a payload that cannot
+            travel.
         ProcessError: no process can be started.
     """
     check_connect(options.url)
     raise_descriptor_limit()
     run_dir = run_directory()
-    zygote = (Spawner if options.start_method == "spawn" else Zygote).start(
-        options.target,
-        options.payload,
-        run_dir=run_dir,
-        log_dir=options.log_dir or run_dir / "logs",
-        preload=["zrl.nodes.worker", *options.preload],
-    )
+    keep_log = Logs(options.log_dir).keep
+    try:
+        zygote = (Spawner if options.start_method == "spawn" else Zygote).start(
+            options.target,
+            options.payload,
+            run_dir=run_dir,
+            log_dir=options.log_dir or run_dir / "logs",
+            preload=["zrl.nodes.worker", *options.preload],
+            keep_log=keep_log,
+        )
+    except BaseException:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        raise
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Supervisor(options, zygote, say).live())
+            return runner.run(_Supervisor(options, zygote, say, keep_log).live())
     finally:
         zygote.close()
 
 
 class _Supervisor:
-    def __init__(self, options: SupervisorOptions, zygote: Zygote, say: Callable[[str], None]) -> None:
-        self._o, self._zygote, self._say = options, zygote, say
+    def __init__(
+        self,
+        options: SupervisorOptions,
+        zygote: Zygote,
+        say: Callable[[str], None],
+        keep_log: Callable[[Path], Path],
+    ) -> None:
+        self._o, self._zygote, self._say, self._keep_log = options, zygote, say, keep_log
         self._silence = options.silence or (5.0 if is_loopback(options.url) else 15.0)
         self._run: _Run | None = None
         self._last: _Over | None = None  # why the process is to end
@@ -134,7 +149,7 @@ class _Supervisor:
             patience=self._o.patience,
             tell=self._tell,
             failed=self._failed,
-            keep_log=Logs(self._o.log_dir).keep,
+            keep_log=self._keep_log,
         )
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, functools.partial(self._stop, signum))
@@ -208,12 +223,14 @@ class _Run:
         self._behind = 0  # version that the last heartbeat was ahead of the board with
         self._heard = time.monotonic()
         self._draining = False
-        self._endpoints: list[Endpoint] = []
-        dealer = make_dealer(context)
-        self._broken = Disconnections(dealer)
-        connect(dealer, o.url)
-        self._monitor = Endpoint(self._broken.socket, self._loop, self._on_event)
-        self._dealer = Endpoint(dealer, self._loop, self._on_message)
+        with contextlib.ExitStack() as opened:
+            self._dealer = Endpoint(make_dealer(context), self._loop, self._on_message)
+            opened.callback(self._dealer.close)
+            broken = Disconnections(self._dealer.socket)
+            opened.callback(broken.close)
+            opened.callback(Endpoint(broken.socket, self._loop, self._on_event).close)
+            connect(self._dealer.socket, o.url)
+            self._opened = opened.pop_all()
 
     @property
     def welcomed(self) -> bool:
@@ -261,19 +278,22 @@ class _Run:
                     await task
 
     async def end(self) -> None:
-        """Kill the workers, say Bye where somebody listens, and let go of everything."""
-        self._host.end()
-        await self._host.ended(GRACE)
-        if self.welcomed and self.send(m.Bye(self._hello.run_id, self._hello.incarnation)):
-            with contextlib.suppress(TimeoutError, _Over):
-                await asyncio.wait_for(self._answer(m.ByeAck), BYE_TIMEOUT)
-        for endpoint in self._endpoints:
-            endpoint.close()
-        self._monitor.close()
-        self._broken.close()
-        self._dealer.close()
-        if self._board is not None:
-            self._board.close()
+        """Kill the workers, say Bye where somebody listens, and let go of everything.
+
+        Raises:
+            ProcessError: the workers cannot be killed. All else is done then.
+        """
+        try:
+            self._host.end()
+            await self._host.ended(GRACE)
+            if self.welcomed and self.send(m.Bye(self._hello.run_id, self._hello.incarnation)):
+                with contextlib.suppress(TimeoutError, _Over):
+                    await asyncio.wait_for(self._answer(m.ByeAck), BYE_TIMEOUT)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._opened.close()
         if not self._end.done():
             self._end.cancel()
         elif not self._end.cancelled():
@@ -286,6 +306,7 @@ class _Run:
         self._hello = self._hello_in(welcome.run_id)
         weights, flat = await self._fetch()
         board = self._board = Board.create(weights.nbytes, run_id=welcome.run_id, digest=weights.digest)
+        self._opened.callback(board.close)
         board.publish(weights.version, lambda out: np.copyto(out, flat))
         limit = weights.nbytes + 2 * m.SMALL_HEADER
         for topic, handler, most in (
@@ -293,7 +314,7 @@ class _Run:
             (TOPIC_STATUS, self._on_status, m.LARGE_HEADER),
         ):
             sub = make_sub(self._context, welcome.pub_url, topic, max_nbytes=most)
-            self._endpoints.append(Endpoint(sub, self._loop, handler))
+            self._opened.callback(Endpoint(sub, self._loop, handler).close)
         self._heard = time.monotonic()
         if self._draining:
             raise _Over("the run is over", EXIT_DONE)
@@ -335,13 +356,18 @@ class _Run:
         raise _Over(f"no learner at {self._o.url} for {self._o.give_up_after:.0f} s", EXIT_LEARNER_LOST)
 
     async def _fetch(self) -> tuple[m.Weights, Any]:
+        """The learner's weights. It may take no host for silent meanwhile, so this one beats."""
         self.send(m.Fetch(self._hello.run_id, self._hello.incarnation))
-        try:
-            weights = await asyncio.wait_for(self._answer(m.Weights), ANSWER_TIMEOUT)
-        except TimeoutError:
-            raise _Over(f"no weights within {ANSWER_TIMEOUT:.0f} s") from None
-        assert isinstance(weights, m.Weights)
-        return weights, self._flat
+        deadline = time.monotonic() + ANSWER_TIMEOUT
+        while time.monotonic() < deadline:
+            try:
+                weights = await asyncio.wait_for(self._answer(m.Weights), TICK)
+            except TimeoutError:
+                self.send(m.Beat(self._hello.run_id, self._hello.incarnation, ()))
+                continue
+            assert isinstance(weights, m.Weights)
+            return weights, self._flat
+        raise _Over(f"no weights within {ANSWER_TIMEOUT:.0f} s")
 
     async def _answer(self, *kinds: type[m.Message]) -> m.Message:
         while True:

@@ -12,6 +12,7 @@ import torch
 from zrl.errors import ConfigError
 from zrl.nodes.collator import Collator, Plan
 from zrl.nodes.publisher import Publisher
+from zrl.rollout.interrupts import Uninterrupted
 from zrl.rollout.local import WorkerMode, check_count, check_run
 from zrl.rollout.pipeline import CLOSE_TIMEOUT, PipelineRollout
 from zrl.rollout.same import usable_device
@@ -78,7 +79,6 @@ def rollout(
     check_run(worker_mode, entropy, info_keys, starve_timeout)
     to = usable_device(device or "cpu")
     seed = secrets.randbits(64) if entropy is None else entropy
-    publisher = Publisher(actor, run_id=os.urandom(16), version=first_version)
     plan = Plan(
         n_steps=n_steps,
         n_columns=n_per_actor,
@@ -96,11 +96,20 @@ def rollout(
         bind=(bind,) if isinstance(bind, str) else tuple(bind),
         starve_timeout=starve_timeout,
     )
-    collator = Collator(plan, publisher, None, to, None)
+    with Uninterrupted():
+        publisher = Publisher(actor, run_id=os.urandom(16), version=first_version)
+        try:
+            collator = _started(Collator(plan, publisher, None, to, None))
+        except BaseException:
+            publisher.close()
+            raise
+        return PipelineRollout(collator, publisher, entropy=seed, auto_publish=auto_publish, debug=debug)
+
+
+def _started(collator: Collator) -> Collator:
     try:
         collator.start()
     except BaseException:
         collator.close(time.monotonic() + CLOSE_TIMEOUT)
-        publisher.close()
         raise
-    return PipelineRollout(collator, publisher, entropy=seed, auto_publish=auto_publish, debug=debug)
+    return collator

@@ -170,6 +170,7 @@ def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: in
     """A started collator with its workers under way."""
     run_dir = run_directory()
     log_dir = None if o.log_dir is None else Path(o.log_dir)
+    keep_log = Logs(log_dir).keep
     kind = Spawner if o.start_method == "spawn" else Zygote
     try:
         zygote = kind.start(
@@ -178,31 +179,36 @@ def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: in
             run_dir=run_dir,
             log_dir=log_dir or run_dir / "logs",
             preload=["zrl.nodes.worker"],
+            keep_log=keep_log,
         )
     except BaseException:
         shutil.rmtree(run_dir, ignore_errors=True)
         raise
     patience = Patience(stall=o.stall_timeout, start=o.start_timeout)
-    collator = Collator(
-        Plan(
-            n_steps=o.n_steps,
-            n_columns=o.n_per_actor,
-            n_per_batch=o.n_per_batch,
-            slots_of=dealt(o.n_buffers, o.n_actors),
-            n_workers=o.n_actors,
-            max_lag=o.max_lag,
-            entropy=entropy,
-            sticky=o.sticky,
-            keep_final_obs=o.keep_final_obs,
-            worker_mode=o.worker_mode,
-            starve_timeout=o.starve_timeout,
-            max_fragment_bytes=o.max_fragment_bytes,
-        ),
-        publisher,
-        run_dir,
-        to,
-        OwnHost(zygote, o.n_actors, patience, Logs(log_dir).keep),
-    )
+    try:
+        collator = Collator(
+            Plan(
+                n_steps=o.n_steps,
+                n_columns=o.n_per_actor,
+                n_per_batch=o.n_per_batch,
+                slots_of=dealt(o.n_buffers, o.n_actors),
+                n_workers=o.n_actors,
+                max_lag=o.max_lag,
+                entropy=entropy,
+                sticky=o.sticky,
+                keep_final_obs=o.keep_final_obs,
+                worker_mode=o.worker_mode,
+                starve_timeout=o.starve_timeout,
+                max_fragment_bytes=o.max_fragment_bytes,
+            ),
+            publisher,
+            run_dir,
+            to,
+            OwnHost(zygote, o.n_actors, patience, keep_log),
+        )
+    except BaseException:
+        zygote.close(time.monotonic() + CLOSE_TIMEOUT)
+        raise
     try:
         collator.start()
     except BaseException:

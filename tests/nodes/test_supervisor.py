@@ -1,0 +1,112 @@
+"""`supervise` in this process, against a learner of a few lines on a real socket."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zrl.errors import ConfigError, ProcessError
+from zrl.net import sockets as z
+from zrl.net.addresses import MAX_SOCKET_PATH, run_directory
+from zrl.net.codec import decode, encode
+from zrl.nodes.host import Host
+from zrl.nodes.supervisor import EXIT_REFUSED, SupervisorOptions, supervise
+from zrl.protocol import messages as m
+
+PATIENCE = 20.0  # seconds
+OPTIONS = SupervisorOptions("ipc:///nowhere", "a", 1, "tests.nodes.targets:idle", None, start_method="spawn")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    folder: Path = run_directory()
+    yield f"ipc://{folder}/l"
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("url", ["tcp://no such host:5555", "ipc:///" + "x" * MAX_SOCKET_PATH])
+def test_what_cannot_be_connected_to_is_an_error_and_no_hang(url: str) -> None:
+    with pytest.raises(ConfigError, match="expected ipc://PATH or tcp://HOST:PORT"):
+        supervise(dataclasses.replace(OPTIONS, url=url))
+
+
+def test_workers_that_cannot_be_killed_are_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(host: Host) -> None:
+        raise ProcessError("the zygote does not listen")
+
+    monkeypatch.setattr(Host, "end", end)
+    with pytest.raises(ProcessError, match="does not listen"):
+        supervise(dataclasses.replace(OPTIONS, give_up_after=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [({"log_dir": Path(__file__) / "logs"}, f"{__file__}/logs"), ({"payload": threading.Lock()}, "cannot be sent")],
+)
+def test_a_start_that_fails_names_the_reason_and_leaves_nothing(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        supervise(dataclasses.replace(OPTIONS, **changes))
+    assert text in str(caught.value)
+
+
+class Learner(threading.Thread):
+    """Welcomes a host, keeps it waiting for its weights, and in the end has no use for it."""
+
+    def __init__(self, url: str, n_beats: int) -> None:
+        super().__init__()
+        self.n_beats = n_beats
+        self.heard: list[str] = []
+        self._context = z.make_context()
+        self._router = z.make_router(self._context)
+        z.bind(self._router, url)
+
+    def run(self) -> None:
+        try:
+            while self._router.poll(int(PATIENCE * 1000)):
+                peer, frame = self._router.recv_multipart()
+                self._answer(peer, decode(frame))
+                if self.heard[-1] == "Reject":
+                    break
+            self._router.poll(200)  # until it is sent
+        finally:
+            self._router.close()
+            self._context.term()
+
+    def _answer(self, peer: bytes, message: m.Message) -> None:
+        self.heard.append(type(message).__name__)
+        enough = self.heard.count("Beat") >= self.n_beats
+        if isinstance(message, m.Hello):
+            answer = m.Reject(RUN, message.incarnation, "full", "", False, "") if enough else welcome(message)
+            if enough:
+                self.heard.append("Reject")
+            z.send(self._router, peer, encode(answer))
+        elif isinstance(message, m.Beat) and enough:
+            z.send(self._router, peer, encode(m.HelloAgain(RUN, message.incarnation)))
+        elif isinstance(message, m.Bye):
+            z.send(self._router, peer, encode(m.ByeAck(RUN, message.incarnation)))
+
+
+RUN = b"r" * 16
+
+
+def welcome(hello: m.Hello) -> m.Welcome:
+    return m.Welcome(
+        RUN, hello.incarnation, n_steps=1, n_columns=1, n_slots=1, sticky=False, keep_final_obs=False, info_keys=(),
+        worker_mode="train", entropy=bytes(16), index_base=0, env="E", actor="a", version=1, pub_url="ipc:///nowhere",
+    )  # fmt: skip
+
+
+def test_a_host_that_waits_for_its_weights_is_not_silent(url: str) -> None:
+    learner = Learner(url, n_beats=2)
+    learner.start()
+    try:
+        assert supervise(dataclasses.replace(OPTIONS, url=url, give_up_after=PATIENCE)) == EXIT_REFUSED
+    finally:
+        learner.join()
+    assert learner.heard[:4] == ["Hello", "Fetch", "Beat", "Beat"]
