@@ -93,7 +93,10 @@ def _train(words: dict[str, Any], listen: str = "") -> None:
             with signals.interruptible():
                 _print_evaluation(result.run, config)
     if result.outcome.startswith("SIG"):
-        click.echo(f"go on with: zrl {'learner' if listen else 'train'} --resume {shlex.quote(str(result.run.path))}")
+        if result.checkpoint is not None:
+            click.echo(
+                f"go on with: zrl {'learner' if listen else 'train'} --resume {shlex.quote(str(result.run.path))}"
+            )
         raise SystemExit(128 + signal.Signals[result.outcome])
     if require_goal and result.outcome != "goal":
         raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
