@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import gymnasium as gym
@@ -28,5 +29,23 @@ class Fragile(gym.Env[Any, Any]):
         return np.zeros(2, np.float32), 1.0, False, False, {}
 
 
+class Spare(Fragile):
+    """Can be stepped in one process only, that with the pid `spare`. Its episodes have 5 steps."""
+
+    def __init__(self, spare: int) -> None:
+        super().__init__(10**9)
+        self._spare = spare
+        self._n = 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if os.getpid() != self._spare:
+            raise RuntimeError("not here")
+        self._n += 1
+        obs, reward, _, _, info = super().step(action)
+        return obs, reward, self._n % 5 == 0, False, info
+
+
+if "Spare-v0" not in gym.registry:
+    gym.register("Spare-v0", entry_point="tests.fragile:Spare")
 if "Fragile-v0" not in gym.registry:
     gym.register("Fragile-v0", entry_point="tests.fragile:Fragile")

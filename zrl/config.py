@@ -180,6 +180,8 @@ def whole_number(text: str) -> int:
         ValueError: it is none.
     """
     plain = text.strip().replace("_", "")
+    if plain.lstrip("+-").isdecimal():  # a float has no room for all of them
+        return int(plain)
     factor = {"k": 1_000, "m": 1_000_000}.get(plain[-1:].lower(), 1)
     number = float(plain[:-1] if factor > 1 else plain) * factor
     if not number.is_integer():
@@ -199,7 +201,7 @@ def value_of(field: str, given: object, source: str) -> Any:
     except (ValueError, OverflowError):
         expected = {
             int: "a whole number such as 500000, 500k or 1.5M",
-            float: "a number",
+            float: "a finite number",
             bool: "true or false",
             str: "a text",
             dict: 'a JSON object such as {"size": 5}',
@@ -224,7 +226,7 @@ def _converted(kind: type, given: object) -> Any:
             given = float(given)
     if kind is float and isinstance(given, int) and not isinstance(given, bool):
         given = float(given)
-    if type(given) is not kind or (kind is float and math.isnan(given)):  # type: ignore[arg-type]
+    if type(given) is not kind or (kind is float and not math.isfinite(given)):  # type: ignore[arg-type]
         raise ValueError(given)
     return given
 

@@ -60,6 +60,7 @@ def test_sources_are_named(toml: Path, run: RunFolder, monkeypatch: pytest.Monke
         (("steps",), "--set: expected KEY=VALUE, not 'steps'"),
         (("lr=1", "lr=2"), "--set lr: given twice"),
         (("envs=1",), "--set envs: given twice"),
+        (("n-envs=1",), "--set n-envs: given twice"),
         (("n_envs=1",), "--set n_envs: given twice"),
         (("env_kwargs=5",), "--set env_kwargs: expected a JSON object"),
     ],
@@ -85,3 +86,11 @@ def test_misspelt_variables_are_mentioned(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setenv("ZRL_STEPZ", "1")
     settings_of({"env": "CartPole-v1"}, (), None, None)
     assert "did you mean ZRL_STEPS?" in capsys.readouterr().err
+
+
+def test_another_number_of_workers_brings_its_own_batch(tmp_path: Path) -> None:
+    run = RunFolder.create(TrainConfig(runs=str(tmp_path), workers=0).resolved(seed=1))
+    assert settings_of({"workers": 4}, (), None, run).resolved(seed=1).batch == 4
+    other = RunFolder.create(TrainConfig(runs=str(tmp_path), workers=2, batch=4).resolved(seed=1))
+    assert settings_of({"workers": 4}, (), None, other).resolved(seed=1).batch == 4
+    assert settings_of({"workers": 1}, (), None, other).resolved(seed=1).batch == 4

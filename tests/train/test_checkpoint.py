@@ -85,3 +85,13 @@ def test_old_ones_go_but_not_the_best_or_those_that_are_needed(tmp_path: Path) -
     checkpoint.prune(tmp_path, 2, besides=[saved[3]])
     assert sorted(tmp_path.glob("step_*")) == [saved[1], saved[3], saved[5], saved[6]]
     assert checkpoint.newest(tmp_path)[0] == saved[6]
+
+
+def test_what_a_resume_passed_over_does_not_pass_for_the_newest(tmp_path: Path) -> None:
+    first, torn = checkpoint.save(tmp_path, 1, state(1)), checkpoint.save(tmp_path, 9, state(9))
+    torn.write_bytes(b"")
+    checkpoint.set_aside(first)
+    second = checkpoint.save(tmp_path, 2, state(2))
+    checkpoint.prune(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == [second.name, "step_000000000009.unreadable"]
+    assert checkpoint.newest(tmp_path)[0] == second

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from zrl.config import ALGORITHMS, TrainConfig
-from zrl.errors import ConfigError, EnvError, PreflightError
+from zrl.errors import CheckpointError, ConfigError, EnvError, PreflightError
 from zrl.train import checkpoint
 from zrl.train.evaluation import evaluate_run
 from zrl.train.loop import train
@@ -122,10 +123,72 @@ def test_a_signal_stops_between_two_minibatches(tmp_path: Path, monkeypatch: pyt
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", counting)
-    result = train(config(tmp_path, epochs=1000))
+    whole: list[dict[str, Any]] = []
+
+    def look(status: Status) -> None:
+        (saved,) = tmp_path.glob("*/checkpoints/step_*.pt")
+        whole.append(checkpoint.load(saved))
+
+    result = train(config(tmp_path, epochs=3, checkpoint_every=64), on_update=look)
     assert result.outcome == "SIGINT"
-    assert len(steps) == 5
+    assert len(steps) == 5  # the second of the three steps of the second update
     assert result.checkpoint is not None
+    after = checkpoint.load(result.checkpoint)
+    (before,) = whole
+    assert (after["step"], after["update"]) == (64, 1)
+    assert all(torch.equal(after["weights"][name], x) for name, x in before["weights"].items())
+    assert torch.equal(after["random"]["torch"], before["random"]["torch"])
+
+
+def test_a_signal_in_the_first_update_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step: Any = torch.optim.Adam.step
+
+    def interrupted(self: torch.optim.Adam, *args: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    result = train(config(tmp_path))
+    assert (result.outcome, result.checkpoint) == ("SIGINT", None)
+
+
+def test_a_folder_that_fills_up_leaves_a_checkpoint(tmp_path: Path) -> None:
+    def fail(status: Status) -> None:
+        if status.update == 3:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="is the disk full"):
+        train(config(tmp_path, workers=0), on_update=fail)
+    (run,) = tmp_path.iterdir()
+    assert checkpoint.newest(run / "checkpoints")[1]["update"] == 3
+    assert json.loads((run / "status.json").read_text())["outcome"] == "failed"
+
+
+def test_evaluations_that_stop_do_not_keep_checkpoints(tmp_path: Path) -> None:
+    """An environment that works in training only: the best is then that of the returns."""
+    c = config(
+        tmp_path, workers=0, steps=1280, eval_every=64, eval_episodes=2, keep=2, env_kwargs={"spare": os.getpid()}
+    )
+    result = train(dataclasses.replace(c, env="tests.fragile:Spare-v0"))
+    saved = {path.name for path in result.run.checkpoints.glob("step_*.pt")}
+    assert len(saved) <= 4, saved  # two, the best, and one that was being evaluated
+
+
+def test_a_run_has_one_writer(tmp_path: Path) -> None:
+    first = train(config(tmp_path, workers=0, steps=64))
+    with first.run.locked(), pytest.raises(PreflightError, match="another process writes this run"):
+        train(config(tmp_path, workers=0, steps=128), resume=first.run)
+    before = (first.run.path / "config.json").read_text()
+    with pytest.raises(PreflightError, match="the run is done, with 64 of 64"):
+        train(config(tmp_path, workers=0, steps=64), resume=first.run)
+    assert (first.run.path / "config.json").read_text() == before
+
+
+def test_a_folder_for_runs_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
+    (tmp_path / "nowhere").write_text("a file")
+    with pytest.raises(PreflightError, match="choose another with --runs"):
+        train(config(tmp_path, workers=0, steps=64, runs=str(tmp_path / "link")))
 
 
 def test_an_error_in_mid_run_leaves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,8 @@ def test_condensed_keeps_what_was_least() -> None:
 def test_what_a_resumed_run_left_behind_is_not_shown() -> None:
     rows = [{"step": s, "x": i} for i, s in enumerate([10, 20, 30, 20, 30, 40])]
     assert [row["x"] for row in curves.still_true(rows)] == [0, 3, 4, 5]
+    rows.append({"step": 40, "eval_mean": 1})  # the evaluation at the end of a run
+    assert [row.get("x") for row in curves.still_true(rows)] == [0, 3, 4, 5, None]
 
 
 def test_values_that_are_none_or_not_finite_are_left_out() -> None:

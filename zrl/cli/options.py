@@ -126,15 +126,23 @@ def settings_of(
 def _pairs(sets: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, str]:
     pairs: dict[str, str] = {}
     fields = {name_of(f): f.name for f in dataclasses.fields(TrainConfig)}
+    seen = set(given)
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set: expected KEY=VALUE, not {text!r}")
-        if key in pairs or fields.get(key, key) in given:
+        plain = key.replace("-", "_")
+        if (field := fields.get(plain, plain)) in seen:
             raise ConfigError(f"--set {key}: given twice")
+        seen.add(field)
         pairs[key] = value
     return pairs
 
 
 def _of_run(resumed: RunFolder | None) -> dict[str, Any]:
-    return {} if resumed is None else resumed.config().as_dict()
+    if resumed is None:
+        return {}
+    values = resumed.config().as_dict()
+    if values["batch"] == max(1, values["workers"]):
+        del values["batch"]  # it was the default, and is so again for another number of workers
+    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from types import TracebackType
@@ -73,7 +74,10 @@ class _Lines:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + SECONDS_BETWEEN_LINES
-        click.echo(line(self._rollout.status()))
+        try:
+            click.echo(line(self._rollout.status()))
+        except OSError:  # nobody reads it any more: no reason to end the run
+            self._next = math.inf
 
 
 class _View:

@@ -115,7 +115,8 @@ def _print_how_to_connect(start: Start) -> None:
 def _print_result(result: Result) -> None:
     status = result.status
     if status is None:
-        click.echo("stopped before the first update; nothing to save")
+        saved = f"; the checkpoint is {result.checkpoint}" if result.checkpoint else "; nothing to save"
+        click.echo(f"stopped before the first update{saved}")
         return
     mean = "fewer than 100 episodes" if status.return_100 is None else f"mean return {status.return_100:.1f}"
     how = {"goal": "goal reached", "steps": "all steps taken"}.get(result.outcome, f"stopped by {result.outcome}")

@@ -17,6 +17,7 @@ from rich.text import Text
 from zrl.cli.view import age_in_words, line, render
 from zrl.errors import ConfigError
 from zrl.net.observer import Observer
+from zrl.nodes.status import plain
 
 EXIT_USAGE, EXIT_NO_LEARNER = 2, 3
 SILENT = 3.0  # seconds without a status, of which there is one every second, after which the learner seems gone
@@ -28,7 +29,7 @@ LINES_AROUND = 12  # of a page, besides its rows of workers
 @click.argument("target", metavar="URL|RUN")
 @click.option("--json", "as_json", is_flag=True, help="print the document itself")
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, metavar="S",
+    "--timeout", type=click.FloatRange(0, 86_400, min_open=True), default=5.0, show_default=True, metavar="S",
     help="exit with 3 after so many seconds without a learner",
 )  # fmt: skip
 def status_command(target: str, as_json: bool, timeout: float) -> None:
@@ -39,6 +40,8 @@ def status_command(target: str, as_json: bool, timeout: float) -> None:
     folder = Path(target)
     status, age = _of_folder(folder) if folder.is_dir() else (_of_learner(target, timeout), None)
     if as_json:
+        with _usage_errors():
+            status = plain(status, "status")
         click.echo(json.dumps(status if age is None else {**status, "age": age}, indent=2))
         return
     if age is not None:

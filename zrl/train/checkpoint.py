@@ -64,12 +64,23 @@ def name_it(name: str, target: Path) -> None:
 
 def prune(folder: Path, keep: int, besides: Collection[Path] = ()) -> None:
     """Remove all checkpoints but the `keep` newest, the best, and those of `besides`. What cannot be removed stays."""
-    best = folder / BEST
-    spared = {path.name for path in besides} | ({best.readlink().name} if best.is_symlink() else set())
+    links = (folder / name for name in (BEST, LATEST))
+    spared = {path.name for path in besides} | {link.readlink().name for link in links if link.is_symlink()}
     for path in sorted(folder.glob("step_*.pt"))[:-keep]:
         if path.name not in spared:
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def set_aside(resumed: Path) -> None:
+    """Rename the checkpoints behind `resumed`: they cannot be read, and would pass for the newest.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for path in resumed.parent.glob("step_*.pt"):
+        if path.name > resumed.name:
+            path.rename(path.with_suffix(".unreadable"))
 
 
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:

@@ -87,12 +87,13 @@ def _renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def still_true(rows: Rows) -> Rows:
     """Without the rows that a run has left behind when it was resumed from an earlier step: steps increase."""
     kept: list[Mapping[str, Any]] = []
-    first = math.inf
+    first = behind = math.inf  # least step of those that are kept; step of the row behind this one
     for row in reversed(rows):
         step = row.get("step")
-        if step is None or step < first:
+        if step is None or step < first or step == first == behind:  # an evaluation at the end has a row of its own
             kept.append(row)
             first = first if step is None else step
+        behind = behind if step is None else step
     return kept[::-1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import random
@@ -127,13 +128,14 @@ def _started(
         own = not config.workers and not listen
         if own:  # what it refuses leaves no folder behind
             run.rollout = opened.enter_context(make_rollout(config, run.actor, first_version=version))
-    folder = RunFolder.create(config) if resume is None else resume
-    run.write_into(folder, opened)
+    folder = run.folder = RunFolder.create(config) if resume is None else resume
+    opened.enter_context(folder.locked())
     with signals.interruptible():
         if not own:  # the logs of its workers go into the folder
             run.rollout = opened.enter_context(make_rollout(config, run.actor, folder, listen, version))
         if config.eval_every:
             run.evaluator = opened.enter_context(run.make_evaluator())
+    run.write_into(folder, opened)  # last: what is refused leaves a run that is resumed as it was
     run.told = dataclasses.replace(run.told, run=folder, rollout=run.rollout)
     return run
 
@@ -163,6 +165,7 @@ class _Run:
         self._saved_at = self._submitted_at = 0
         self._evaluation: dict[str, float] | None = None  # the newest
         self._best_evaluation: float | None = None
+        self._best_saved: float | None = None  # greatest mean of 100 episodes that a checkpoint was saved with
         self._pending: dict[int, Path] = {}  # checkpoints that are being evaluated, by step
         self._document_at = 0.0
         self._shares: dict[str, float] = {}
@@ -182,10 +185,14 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress.restore(state)
             self.first_version = int(state["version"]) + 1
-            self._best_evaluation = state["eval_best"]
+            self._best_evaluation, self._best_saved = state["eval_best"], state["best_saved"]
+            self._restored = state["random"]
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
             raise CheckpointError(f"{str(path)!r} does not fit this run: {type(e).__name__}: {e}") from e
-        self._restored = state["random"]
+        if self.progress.step >= self.config.steps:
+            raise ConfigError(
+                f"steps: the run is done, with {self.progress.step:,} of {self.config.steps:,}; give more to go on"
+            )
         self._saved_at = self._submitted_at = self.progress.step
         self.told = dataclasses.replace(self.told, resumed=path, skipped=tuple(skipped), step=self.progress.step)
 
@@ -208,10 +215,10 @@ class _Run:
         Raises:
             ConfigError: it cannot be written.
         """
-        self.folder = folder
         step = self.progress.step
         try:
             if self.told.resumed is not None:
+                checkpoint.set_aside(self.told.resumed)
                 folder.forget_after(step)
             folder.set_config(self.config)
         except OSError as e:
@@ -223,6 +230,7 @@ class _Run:
 
     def train(self, on_update: Callable[[Status], None]) -> Result:
         self.progress.begin(time.monotonic())
+        self.rollout.annotate(self.progress.note(self.config))
         if self._restored is not None:
             set_random_states(self._restored)
         try:
@@ -232,18 +240,27 @@ class _Run:
         except Stopped as e:
             outcome = str(e)
         except DivergedError:
+            self._failed(save=False)
             raise
         except ZrlError:
-            with contextlib.suppress(CheckpointError):  # the first error counts
-                self._save()
+            self._failed()
             raise
         except OSError as e:
+            self._failed()
             raise CheckpointError(f"cannot write to {str(self.folder.path)!r}: {e}; is the disk full?") from e
         saved = self._save()
         with contextlib.suppress(OSError):
             self._write_document(outcome)
         plot, problem = _plot(self.folder, self.config)
         return Result(outcome, self.folder, self.status, saved, plot, problem)
+
+    def _failed(self, *, save: bool = True) -> None:
+        """Leave what can be left. The error that led here is the one that counts."""
+        with contextlib.suppress(CheckpointError, OSError):
+            if save:
+                self._save()
+        with contextlib.suppress(ZrlError, OSError):
+            self._write_document("failed")
 
     def _updates(self, on_update: Callable[[Status], None]) -> str:
         """Collect and learn until the goal or the last step; which of the two."""
@@ -273,11 +290,27 @@ class _Run:
 
     def _learn(self, batch: Batch) -> None:
         self._anneal()
-        self.losses = self.update(batch)
+        before = self._snapshot() if self.config.algo == "ppo" else None  # many steps, between which it may be stopped
+        try:
+            self.losses = self.update(batch)
+        except Stopped:
+            if before is not None:
+                self._go_back_to(before)
+            raise
         bad = [name for name, x in self.losses.items() if not math.isfinite(x)]
         if bad:
             raise DivergedError(f"the loss is not finite ({', '.join(bad)}); try a smaller --lr")
         self.progress.count(batch)
+
+    def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Weights, optimizer and random states as they are now."""
+        return copy.deepcopy(self.actor.state_dict()), copy.deepcopy(self.optimizer.state_dict()), random_states()
+
+    def _go_back_to(self, snapshot: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
+        """Half an update is none: the checkpoint of a step has the weights of that step."""
+        self.actor.load_state_dict(snapshot[0])
+        self.optimizer.load_state_dict(snapshot[1])
+        set_random_states(snapshot[2])
 
     def _anneal(self) -> None:
         left = max(0.0, 1.0 - self.progress.step / self.config.steps)
@@ -302,12 +335,18 @@ class _Run:
         step = self._submitted_at = self.progress.step
         saved = self._save()
         if saved is not None:
-            self._pending[step] = saved
+            # those between the evaluation under way and the newest are skipped
+            self._pending = {step: saved, **dict(list(self._pending.items())[:1])}
+            self._pending = dict(sorted(self._pending.items()))
             evaluator.submit(step)
 
     def _evaluated(self) -> dict[str, float] | None:
         """The newest evaluation that has come since the last update; the best weights get their name."""
         fresh: dict[str, float] | None = None
+        if self.evaluator is not None and self.evaluator.stats()["stopped"]:  # it has said why
+            self.evaluator.close()
+            self.evaluator = None
+            self._pending.clear()
         for result in self.evaluator.results() if self.evaluator is not None else []:
             fresh = self._evaluation = {
                 "step": result.tag,
@@ -344,17 +383,21 @@ class _Run:
             return None
         p = self.progress
         folder = self.folder.checkpoints
-        better = self.evaluator is None and p.return_100 is not None and p.return_100 == p.best
+        mean = p.return_100
+        better = self.evaluator is None and mean is not None and (self._best_saved is None or mean > self._best_saved)
+        if better:
+            self._best_saved = mean
         state = {
             "weights": self.actor.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "version": self.rollout.version,
             **p.as_dict(time.monotonic()),
             "eval_best": self._best_evaluation,
+            "best_saved": self._best_saved,
             "random": random_states(),
         }
         saved = checkpoint.save(folder, p.step, state)
-        if better or not (folder / checkpoint.BEST).is_symlink():
+        if better or not (folder / checkpoint.BEST).exists():
             checkpoint.name_it(checkpoint.BEST, saved)
         checkpoint.prune(folder, self.config.keep, self._pending.values())
         return saved

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ class RunFolder:
         """
         name = f"{_safe(config.env)}__{config.algo}__s{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         try:
+            Path(config.runs).mkdir(parents=True, exist_ok=True)
             path = Path(config.runs) / name
             n = 0
             while not _made(path):  # another run of the same second
@@ -61,6 +65,23 @@ class RunFolder:
         if not (path / "config.json").is_file():
             raise ConfigError(f"{str(path)!r} is no run folder: it has no config.json")
         return cls(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here meanwhile.
+
+        Raises:
+            ConfigError: somebody does.
+        """
+        fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{str(self.path)!r}: another process writes this run; wait for its end") from None
+            yield
+        finally:
+            os.close(fd)
 
     def config(self) -> TrainConfig:
         """The config of the run.
@@ -93,21 +114,24 @@ class RunFolder:
             f.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines so far; a torn last one is left out."""
+        """All lines so far; from a damaged one on they are left out."""
         rows = []
         file = self.path / "metrics.jsonl"
-        for line in file.read_text().splitlines() if file.exists() else []:
+        for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
         return rows
 
 
 def _made(path: Path) -> bool:
     """Make a folder; False where there is one already."""
     try:
-        path.mkdir(parents=True)
+        path.mkdir()
     except FileExistsError:
         return False
     return True

@@ -143,6 +143,20 @@ class Progress:
             evaluation=evaluation,
         )
 
+    def note(self, config: TrainConfig) -> dict[str, Any]:
+        """What others are told before the first update."""
+        return {
+            "env": config.env,
+            "algo": config.algo,
+            "seed": config.seed,
+            "step": self.step,
+            "steps": config.steps,
+            "update": self.update,
+            "return_100": self.return_100,
+            "return_best": self.best,
+            "episodes": self.episodes,
+        }
+
     def as_dict(self, now: float) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {
