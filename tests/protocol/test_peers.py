@@ -264,14 +264,27 @@ def test_a_host_without_workers_is_refused() -> None:
 
 
 def test_weights_are_sent_once_in_a_while_and_waited_for() -> None:
-    peers = make()
+    peers = Peers(WELCOME, boot_id="boot")
+    peers.receive(b"h", HELLO_HOST, 0.0)
+    assert peers.receive(b"h", m.Fetch(RUN, HOST), 1.0) == [SendWeights(b"h", HOST)]
+    for second in range(2, 21):  # they take long to arrive, and no beat comes before
+        assert peers.tick(float(second)) == []
+    peers.receive(b"h", m.Beat(RUN, HOST, ()), 20.0)  # from now on it is as it always was
+    assert peers.tick(21.0) == peers.tick(22.0) == peers.tick(23.0) == peers.tick(24.0) == []
+    assert HostLost(HOST, "left", "silent") in peers.tick(25.0)
+
+
+def test_weights_are_sent_once_in_a_while() -> None:
+    """And are no excuse for a host that has workers: they die with it, and nobody says so."""
+    peers = make(attached=True)
     fetch = m.Fetch(RUN, HOST)
     assert peers.receive(b"h", fetch, 1.0) == [SendWeights(b"h", HOST)]
     assert [peers.receive(b"h", fetch, 1.0 + i / 100) for i in range(40)] == [[]] * 40
     assert peers.counters == {"fetch too soon": 40}
-    for second in range(2, 30):  # they take long to arrive, and no beat comes before
-        assert peers.tick(float(second)) == []
-    assert peers.receive(b"h", fetch, 30.0) == [SendWeights(b"h", HOST)]
+    assert peers.receive(b"h", fetch, 2.0) == [SendWeights(b"h", HOST)]
+    for now in (3.0, 4.0, 5.0, 6.0):
+        assert peers.tick(now) == []
+    assert HostLost(HOST, "left", "silent") in peers.tick(7.0)
 
 
 def test_saying_hello_again_brings_no_more_weights() -> None:

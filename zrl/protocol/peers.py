@@ -21,7 +21,7 @@ from zrl.protocol.peer_states import HOST_TRANSITIONS, WORKER_TRANSITIONS, Event
 
 OWN = b""  # routing id of the learner's own host
 FETCH_SECONDS = 0.5  # between two answers to a host's Fetch
-FETCH_GRACE = 60.0  # seconds for the weights to arrive
+FETCH_GRACE = 20.0  # seconds for a host to be heard of after its first weights were sent to it
 WAITING = m.PHASES.index("wait")
 
 
@@ -198,7 +198,9 @@ class Peers:
         if message.run_id != self.run_id or message.incarnation != known.incarnation:
             return self._ignore("stale")
         if isinstance(known, Host):
-            known.deadline = max(known.deadline, self._deadline(known, now))
+            known.deadline = self._deadline(
+                known, now
+            )  # also where more time was given for weights: it has them, or waits
             return self._from_host(known, message, now, books)
         return self._from_worker(known, message)
 
@@ -259,8 +261,8 @@ class Peers:
             if now - self._fetched.get(host.name, -math.inf) < FETCH_SECONDS:
                 return self._ignore("fetch too soon")
             self._fetched[host.name] = now
-            # they may take long to arrive, and the host's beats behind them
-            host.deadline = max(host.deadline, now + FETCH_GRACE)
+            if not host.workers:  # its first weights may take long; later ones are no excuse
+                host.deadline = now + FETCH_GRACE  # until it is heard of again
             return [SendWeights(host.peer, host.incarnation)]
         if isinstance(message, m.Bye):
             commands = self._lose_host(host, "bye", Event.BYE)
