@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +132,12 @@ def programs(folder: Path) -> Iterator[Programs]:
         with contextlib.suppress(ProcessLookupError):
             program.process.kill()
         program.process.wait()
+    until(lambda: not run_folders(), lambda: f"zygotes that may still import leave: {run_folders()}")
+
+
+def run_folders() -> list[Path]:
+    """Those that are there; a zygote whose host was killed removes its own as soon as it has imported everything."""
+    return [path for path in Path(tempfile.gettempdir()).glob("zrl-*") if not path.name.startswith("zrl-logs-")]
 
 
 def free_port() -> int:
