@@ -59,22 +59,20 @@ class Status:
         """What others are told of it, beside what the pipeline knows itself."""
         left = max(0, config.steps - self.step)
         return {
-            "env": config.env,
-            "algo": config.algo,
-            "seed": config.seed,
-            "step": self.step,
-            "steps": config.steps,
-            "update": self.update,
+            **_note(config, self),
             "steps_per_s": self.steps_per_s,
             "updates_per_s": self.updates_per_s,
-            "return_100": self.return_100,
-            "return_best": self.return_best,
             "return_update": self.return_update,
             "length_update": self.length_update,
-            "episodes": self.episodes,
             "eta_s": left / self.steps_per_s if self.steps_per_s > 0 else None,
             "eval": evaluation,
         }
+
+
+def _note(config: TrainConfig, so_far: Status | Progress) -> dict[str, Any]:
+    counts = ("step", "update", "episodes", "return_100", "return_best")
+    names = {"env": config.env, "algo": config.algo, "seed": config.seed, "steps": config.steps}
+    return {**names, **{name: getattr(so_far, name) for name in counts}}
 
 
 class Progress:
@@ -83,13 +81,13 @@ class Progress:
     Attributes:
         step, update, episodes: so far.
         returns: of the last `WINDOW` finished episodes.
-        best: the greatest mean of so many.
+        return_best: the greatest mean of so many.
     """
 
     def __init__(self) -> None:
         self.step = self.update = self.episodes = 0
         self.returns: collections.deque[float] = collections.deque(maxlen=WINDOW)
-        self.best: float | None = None
+        self.return_best: float | None = None
         self.seconds_before = 0.0  # of training, when this process took it up
         self._marks: collections.deque[tuple[float, int, int]] = collections.deque()
 
@@ -114,8 +112,8 @@ class Progress:
         self.episodes += len(batch.episodes)
         self.returns.extend(e.ret for e in batch.episodes)
         mean = self.return_100
-        if mean is not None and (self.best is None or mean > self.best):
-            self.best = mean
+        if mean is not None and (self.return_best is None or mean > self.return_best):
+            self.return_best = mean
 
     def status(self, batch: Batch, losses: dict[str, float], evaluation: dict[str, float] | None, now: float) -> Status:
         """After the update with this batch."""
@@ -134,7 +132,7 @@ class Progress:
             steps_per_s=(self.step - step) / elapsed,
             updates_per_s=(self.update - update) / elapsed,
             return_100=self.return_100,
-            return_best=self.best,
+            return_best=self.return_best,
             return_update=statistics.fmean(e.ret for e in ended) if ended else None,
             length_update=statistics.fmean(e.length for e in ended) if ended else None,
             episodes=self.episodes,
@@ -145,17 +143,7 @@ class Progress:
 
     def note(self, config: TrainConfig) -> dict[str, Any]:
         """What others are told before the first update."""
-        return {
-            "env": config.env,
-            "algo": config.algo,
-            "seed": config.seed,
-            "step": self.step,
-            "steps": config.steps,
-            "update": self.update,
-            "return_100": self.return_100,
-            "return_best": self.best,
-            "episodes": self.episodes,
-        }
+        return _note(config, self)
 
     def as_dict(self, now: float) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -164,7 +152,7 @@ class Progress:
             "update": self.update,
             "episodes": self.episodes,
             "returns": list(self.returns),
-            "return_best": self.best,
+            "return_best": self.return_best,
             "seconds": self.seconds(now),
         }
 
@@ -176,5 +164,5 @@ class Progress:
         """
         self.step, self.update, self.episodes = (int(values[name]) for name in ("step", "update", "episodes"))
         self.returns.extend(float(x) for x in values["returns"])
-        self.best = None if values["return_best"] is None else float(values["return_best"])
+        self.return_best = None if values["return_best"] is None else float(values["return_best"])
         self.seconds_before = float(values["seconds"])
