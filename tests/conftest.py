@@ -116,7 +116,8 @@ def descriptors() -> Held:
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one that listed the folder
             target = os.readlink(f"/proc/self/fd/{fd}")
-            if not target.startswith(KEPT_OPEN) and not target.endswith(".ttf"):  # fonts that matplotlib keeps
+            # fonts that matplotlib keeps; memory that `multiprocessing`, so an AsyncVectorEnv, keeps for the next one
+            if not target.startswith(KEPT_OPEN) and not target.endswith(".ttf") and "/pym-" not in target:
                 found["descriptor", (fd, target)] = f"descriptor {fd}: {target}"
     return found
 

@@ -643,8 +643,8 @@ def test_the_containers_of_a_batch_are_the_users() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"factory": CountingEnv()}, "factory: expected a callable or a list"),
-        ({"factory": None}, "factory: expected a callable or a list"),
+        ({"factory": CountingEnv()}, "factory: expected a callable, a list"),
+        ({"factory": None}, "factory: expected a callable, a list"),
         ({"device": "abacus"}, "device: 'abacus' cannot be used"),
         ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used"),
         ({"max_lag": True}, "max_lag: expected None or an integer"),

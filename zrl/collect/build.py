@@ -13,10 +13,12 @@ import torch
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.collect import Context
 from zrl.collect.debug import CheckedStep
-from zrl.collect.envs import PlainColumns
+from zrl.collect.envs import Columns, PlainColumns
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
-from zrl.collect.spaces import EnvLayout, Factory, make_env, probe_env
+from zrl.collect.spaces import Environments, EnvLayout, make_env, probe_env
 from zrl.collect.streams import RandomStreams, env_seeds
+from zrl.collect.vector import VectorColumns
+from zrl.collect.vector_probe import check_pool_seeds, check_vector, is_pool, is_vector, probe_vector
 from zrl.errors import ConfigError
 from zrl.metrics import StageTimes
 
@@ -58,11 +60,11 @@ class CollectOptions:
             object.__setattr__(self, name, int(value))
 
 
-def build(factory: Factory | Sequence[Any], actor: BaseActorModule, options: CollectOptions) -> Context:
+def build(factory: Environments, actor: BaseActorModule, options: CollectOptions) -> Context:
     """Make the environments, probe them and the actor, and stand ready for the first fragment.
 
     Args:
-        factory: makes one environment; or the B environments themselves.
+        factory: makes one environment, or a vector of B; or the B environments themselves, or their vector.
         actor: acts as it is, on ``options.device``; it must not be trained or moved elsewhere.
 
     Raises:
@@ -75,11 +77,11 @@ def build(factory: Factory | Sequence[Any], actor: BaseActorModule, options: Col
     seeds = env_seeds(o.entropy, o.index, o.generation, o.n_columns + 1)
     with contextlib.ExitStack() as made:
         with streams.active():
-            layout, envs = _environments(factory, o, seeds, made)
+            layout, columns = _columns(factory, o, seeds, times, made)
             actor_layout = probe_actor(actor, layout, o.n_columns, o.device)
         ctx = Context(
             actor=actor,
-            columns=PlainColumns(envs, layout, seeds[: o.n_columns], times, debug=o.debug),
+            columns=columns,
             spec=fragment_spec(layout, actor_layout, o.n_steps, o.n_columns, keep_final_obs=o.keep_final_obs),
             streams=streams,
             times=times,
@@ -95,25 +97,56 @@ def build(factory: Factory | Sequence[Any], actor: BaseActorModule, options: Col
     return ctx
 
 
-def _environments(
-    factory: Factory | Sequence[Any], o: CollectOptions, seeds: Sequence[int], made: contextlib.ExitStack
-) -> tuple[EnvLayout, list[Any]]:
+def _columns(
+    factory: Environments,
+    o: CollectOptions,
+    seeds: Sequence[int],
+    times: StageTimes,
+    made: contextlib.ExitStack,
+) -> tuple[EnvLayout, Columns]:
     """The layout, and the run's environments; those that were made here are registered for closing in `made`."""
+    own, last = list(seeds[:-1]), seeds[-1]
+    if is_vector(factory):
+        layout, partial = probe_vector(factory, o.info_keys, seeds=[], may_step=False)
+        return layout, _vector(factory, layout, [] if is_pool(factory) else own, partial, o, times)
     if not callable(factory):
         envs = list(factory)
         if len(envs) != o.n_columns:
             raise ConfigError(f"n_envs is {o.n_columns}, but {len(envs)} environments were given")
         if len({id(env) for env in envs}) != len(envs):
             raise ConfigError("the same environment was given twice; every column needs its own")
-        return probe_env(envs[0], o.info_keys, seed=seeds[-1], may_step=False), envs
-    scratch = make_env(factory, seeds[-1], -1)
+        layout = probe_env(envs[0], o.info_keys, seed=last, may_step=False)
+        return layout, PlainColumns(envs, layout, own, times, debug=o.debug)
+    scratch = make_env(factory, last, -1)
     with contextlib.closing(scratch):
-        layout = probe_env(scratch, o.info_keys, seed=seeds[-1], may_step=True)
+        if is_vector(scratch):
+            seeded = [] if is_pool(scratch) else [last] * int(scratch.num_envs)
+            layout, partial = probe_vector(scratch, o.info_keys, seeds=seeded, may_step=True)
+            check_vector(scratch, o.n_columns, sticky=o.sticky, partial=partial)
+        else:
+            layout = probe_env(scratch, o.info_keys, seed=last, may_step=True)
+    if is_vector(scratch):
+        env = make_env(factory, own, 0)
+        made.callback(env.close)
+        _check_new(scratch, env)
+        if is_pool(env):
+            check_pool_seeds(factory, env, own)
+        return layout, _vector(env, layout, [] if is_pool(env) else own, partial, o, times)
     envs = []
     for j in range(o.n_columns):
-        env = make_env(factory, seeds[j], j)
-        made.callback(env.close)
-        envs.append(env)
-    if len({id(env) for env in (scratch, *envs)}) != len(envs) + 1:
+        envs.append(make_env(factory, own[j], j))
+        made.callback(envs[-1].close)
+    _check_new(scratch, *envs)
+    return layout, PlainColumns(envs, layout, own, times, debug=o.debug)
+
+
+def _vector(
+    env: Any, layout: EnvLayout, seeds: list[int], partial: bool, o: CollectOptions, times: StageTimes
+) -> VectorColumns:
+    check_vector(env, o.n_columns, sticky=o.sticky, partial=partial)
+    return VectorColumns(env, layout, seeds, times, partial=partial, debug=o.debug)
+
+
+def _check_new(*envs: Any) -> None:
+    if len({id(env) for env in envs}) != len(envs):
         raise ConfigError("the factory returned the same environment twice; it must make a new one at each call")
-    return layout, envs

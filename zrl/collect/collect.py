@@ -23,6 +23,8 @@ from zrl.data.spec import FragmentSpec, flatten, tree_paths
 from zrl.errors import ActorError, EnvError, RecordError
 from zrl.metrics import StageTimes
 
+MANY = 8  # ends of episodes in one step that are written faster by arrays than one by one
+
 
 def collect(ctx: Context, slot: Slot) -> None:
     """Fill `slot` with the next fragment; every byte of its leaves is written.
@@ -101,7 +103,7 @@ class Context:
         carry: a row that keeps row T of the last fragment, to become row 0 of the next.
         hx: h_0 of the next fragment; tensors of our own, never views of a slot.
         returns: float64 ``[B]``, reward so far of the running episodes.
-        starts: ``[B]``, number of the step with which they began.
+        starts: int64 ``[B]``, number of the step with which they began.
         clock: steps taken by a column since the start.
         step, value: ``actor.step`` and ``actor.value``, or the same with checks around them.
         read: the actor's inputs from a row, on the actor's device.
@@ -124,7 +126,7 @@ class Context:
     carry: Row = dataclasses.field(init=False)
     hx: Any = dataclasses.field(init=False)
     returns: Array = dataclasses.field(init=False)
-    starts: list[int] = dataclasses.field(init=False)
+    starts: Array = dataclasses.field(init=False)
     n_steps: int = dataclasses.field(init=False)
     resets: bool = dataclasses.field(init=False)
     clock: int = 0
@@ -151,7 +153,7 @@ class Context:
                 for j in range(self.spec.n_columns):
                     self.hx = self.actor.reset(j, self.hx)
         self.returns = np.zeros(self.spec.n_columns)
-        self.starts = [self.clock] * self.spec.n_columns
+        self.starts = np.full(self.spec.n_columns, self.clock, np.int64)
 
 
 def first_row(row: Row, actions: Sequence[Array]) -> None:
@@ -256,18 +258,9 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
         # row t+1 holds the true final observations until `begin` replaces them, and fin is still False
         nxt.final_value[truncated] = _value(ctx, nxt, hx).numpy()[truncated]
     started = perf_counter()
-    after = ctx.clock + t + 1
-    ended = []
-    for j, terminated, info in ends:
-        ended.append(j)
-        nxt.fin[j] = True
-        nxt.term[j] = terminated
-        ret, length = ctx.returns[j], after - ctx.starts[j]
-        if "episode" in info:
-            ret, length = episode_statistics(j, info["episode"], ret, length)
-        nxt.ep_return[j], nxt.ep_length[j] = ret, length
-        ctx.returns[j] = 0.0
-        ctx.starts[j] = after
+    ended = [j for j, _, _ in ends]
+    write = _write_ends if len(ends) < MANY else _write_many_ends
+    write(ctx, ends, ctx.clock + t + 1, nxt)
     if nxt.final_obs:
         for obs, kept in zip(nxt.obs, nxt.final_obs, strict=True):
             kept[ended] = obs[ended]
@@ -277,6 +270,35 @@ def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) 
             hx = ctx.actor.reset(j, hx)
     ctx.times.reset += perf_counter() - started
     return hx
+
+
+def _write_ends(ctx: Context, ends: Sequence[End], after: int, nxt: Row) -> None:
+    """Flags and statistics of the episodes that ended with step number `after`."""
+    for j, terminated, info in ends:
+        nxt.fin[j] = True
+        nxt.term[j] = terminated
+        ret, length = ctx.returns[j], after - ctx.starts[j]
+        if "episode" in info:
+            ret, length = episode_statistics(j, info["episode"], ret, length)
+        nxt.ep_return[j], nxt.ep_length[j] = ret, length
+        ctx.returns[j] = 0.0
+        ctx.starts[j] = after
+
+
+def _write_many_ends(ctx: Context, ends: Sequence[End], after: int, nxt: Row) -> None:
+    """The same, by arrays: for the hundreds of columns that a vector environment may have."""
+    columns, terminated, infos = zip(*ends, strict=True)
+    ended = np.array(columns)
+    nxt.fin[ended] = True
+    nxt.term[ended] = terminated
+    nxt.ep_return[ended] = ctx.returns[ended]
+    nxt.ep_length[ended] = after - ctx.starts[ended]
+    for j, info in zip(columns, infos, strict=True):
+        if info and "episode" in info:
+            ret, length = nxt.ep_return[j], nxt.ep_length[j]
+            nxt.ep_return[j], nxt.ep_length[j] = episode_statistics(j, info["episode"], ret, length)
+    ctx.returns[ended] = 0.0
+    ctx.starts[ended] = after
 
 
 def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, hx: Any) -> Any:

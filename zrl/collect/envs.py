@@ -102,7 +102,7 @@ class PlainColumns:
         self._debug = debug
         self._write_obs = ObsWriter(layout.obs, self.n, debug=debug)
         self._read_actions = ActionReader(layout.act)
-        self._infos = _info_writers(layout.env or {}, self.n, debug=debug)
+        self._infos = info_writers(layout.env or {}, self.n, debug=debug)
 
     def reset(self, row: Row) -> None:
         for j, env in enumerate(self._envs):
@@ -143,7 +143,7 @@ class PlainColumns:
         self._write_obs.write(observations, nxt)
         self.rewards = nxt.rew[:] = _reward_array(rewards)
         if self._debug:
-            _check_finite(self.rewards)
+            check_finite(self.rewards)
         for j, _, info in ends:
             _check_info(info, j)
         if keep_infos:
@@ -177,14 +177,14 @@ class PlainColumns:
                 raise _failure(e, j, actions, result) from e
             self._times.env += perf_counter() - started
             self._write_obs.write_one(j, obs, nxt.obs)
-            self.rewards[j] = _checked_reward(rew, j)
+            self.rewards[j] = checked_reward(rew, j)
             if self._infos:
                 self._write_info(j, info, row.env)
             if ended:
                 _check_info(info, j)
                 ends.append((j, bool(terminated), info))
         if self._debug:
-            _check_finite(self.rewards)
+            check_finite(self.rewards)
         nxt.rew[:] = self.rewards
         return ends
 
@@ -224,7 +224,7 @@ def shorten(env: Any) -> None:
         env = env.env
 
 
-def _info_writers(specs: dict[str, ArraySpec], n: int, *, debug: bool) -> list[tuple[str, LeafWriter, int, int]]:
+def info_writers(specs: dict[str, ArraySpec], n: int, *, debug: bool) -> list[tuple[str, LeafWriter, int, int]]:
     """By declared key: its writer, and where its values and its mask are among the arrays of a row's ``env``."""
     names = sorted(specs)  # the order of the leaves of a dict
     return [
@@ -246,7 +246,7 @@ def _check_info(info: Any, j: int) -> None:
         )
 
 
-def _check_finite(rewards: Array) -> None:
+def check_finite(rewards: Array) -> None:
     """Under debug at every step, what `check_rewards` looks at once a fragment: else the actor sees it first."""
     if not np.isfinite(rewards).all():
         j = int(np.flatnonzero(~np.isfinite(rewards))[0])
@@ -274,17 +274,17 @@ def _failure(e: Exception, j: int, actions: Sequence[Any], result: Any) -> EnvEr
 
 
 def _reward_array(rewards: Sequence[Any]) -> Array:
-    """Scalar rewards as float64 ``[B]``; raises `EnvError` as `_checked_reward` does."""
+    """Scalar rewards as float64 ``[B]``; raises `EnvError` as `checked_reward` does."""
     try:
         a = np.array(rewards, np.float64)
         if a.ndim == 1:
             return a
     except Exception:  # a tensor that requires grad, say; one by one they get a name
         pass
-    return np.array([_checked_reward(r, j) for j, r in enumerate(rewards)])
+    return np.array([checked_reward(r, j) for j, r in enumerate(rewards)])
 
 
-def _checked_reward(r: Any, j: int) -> float:
+def checked_reward(r: Any, j: int) -> float:
     """A scalar reward as a float.
 
     Raises:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import optree
+from gymnasium.vector import VectorEnv
 
 from zrl.collect.writers import cast_problem, first_line, nesting_of
 from zrl.data.spec import ArraySpec, flatten, tree_paths
 from zrl.errors import ConfigError, EnvError, RecordError
 
 Factory = Callable[..., Any]
+Environments = Factory | Sequence[Any] | VectorEnv[Any, Any, Any]  # what makes them, or the environments themselves
 LEAF_SPACES = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
 PROBE_STEPS = 200  # random steps of a scratch environment that a listed info key may take to turn up
 
@@ -42,16 +43,26 @@ class EnvLayout:
     action_space: gym.Space[Any]
 
 
-def make_env(factory: Factory, seed: int, env_index: int) -> Any:
-    """Call a factory that takes no argument, or ``seed=``.
+def takes_seed(factory: Factory) -> bool:
+    """Whether a factory is called with ``seed=``."""
+    return "seed" in _parameters(factory)
+
+
+def _parameters(factory: Factory) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # builtins and C callables may have no signature
+        return {}
+
+
+def make_env(factory: Factory, seed: int | list[int], env_index: int) -> Any:
+    """Call a factory that takes no argument, or ``seed=``: an integer, or for a vector environment a list of them.
 
     Raises:
-        EnvError: the factory raised, needs other arguments, or returned something that `check_env` refuses.
+        EnvError: the factory raised, needs other arguments, or returned something without ``reset``, ``step`` or
+            ``close``.
     """
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # builtins and C callables may have no signature
-        parameters = {}  # type: ignore[assignment]
+    parameters = _parameters(factory)
     kwargs: dict[str, Any] = {"seed": seed} if "seed" in parameters else {}
     required = [
         p.name
@@ -70,12 +81,7 @@ def make_env(factory: Factory, seed: int, env_index: int) -> Any:
         env = factory(**kwargs)
     except Exception as e:
         raise EnvError(f"the factory raised {describe(e)}", env_index=env_index, phase="factory") from e
-    try:
-        check_env(env, env_index)
-    except EnvError:
-        with contextlib.suppress(Exception):  # a vector environment may have processes of its own
-            env.close()
-        raise
+    _check_methods(env, env_index)
     return env
 
 
@@ -85,14 +91,18 @@ def check_env(env: Any, env_index: int) -> None:
     Raises:
         EnvError: a vector environment, or something without ``reset``, ``step`` or ``close``.
     """
-    if isinstance(env, gym.vector.VectorEnv):  # first: an EnvPool is an instance of both
+    if isinstance(env, VectorEnv):  # first: an EnvPool is an instance of both
         raise EnvError(
-            "vector environments are not supported yet: pass a factory of single ones",
+            "a vector environment where a plain one belongs: here every environment is a column of its own",
             env_index=env_index,
             phase="factory",
             expected="a gymnasium.Env",
             found=type(env).__name__,
         )
+    _check_methods(env, env_index)
+
+
+def _check_methods(env: Any, env_index: int) -> None:
     missing = [name for name in ("reset", "step", "close") if not callable(getattr(env, name, None))]
     if isinstance(env, type) or missing:
         raise EnvError(
@@ -155,6 +165,26 @@ def probe_env(
     if seed is not None:
         action_space.seed(seed)
     obs = reset_env(env, -1, seed)
+    return layout_of(env, obs, action_space, observation_space, info_keys, may_step=may_step)
+
+
+def layout_of(
+    env: Any,
+    obs: Any,
+    action_space: gym.Space[Any],
+    observation_space: Any,
+    info_keys: Mapping[str, Any] | Iterable[str] | None,
+    *,
+    may_step: bool,
+) -> EnvLayout:
+    """The leaves of an environment, by its spaces and by one observation of one column.
+
+    Args:
+        env: is stepped at random, where `info_keys` is a list of names and it may be.
+
+    Raises:
+        EnvError, ConfigError: as `probe_env`.
+    """
     act = space_leaves(action_space, "action_space")
     try:
         obs_specs = observation_specs(observation_space, obs, "state.obs")

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -17,7 +17,8 @@ from zrl.collect.actor import BaseActorModule
 from zrl.collect.build import CollectOptions, build
 from zrl.collect.collect import Context, collect
 from zrl.collect.debug import check_forward
-from zrl.collect.spaces import Factory, describe
+from zrl.collect.spaces import Environments, describe
+from zrl.collect.vector_probe import is_vector
 from zrl.data.batch import Batch, FragmentMeta
 from zrl.data.fragment import Slot
 from zrl.data.weights import WeightsManifest, WeightsPacker, unwrap
@@ -29,7 +30,7 @@ N_SLOTS = 2  # the batch in the user's hands, and the one before it, which stays
 
 
 def rollout(
-    factory: Factory | Sequence[Any],
+    factory: Environments,
     actor: torch.nn.Module,
     n_steps: int,
     n_envs: int | None = None,
@@ -53,8 +54,8 @@ def rollout(
     so every batch is on-policy. The batch is valid until the next-but-one ``next()``; ``clone()`` it to keep it longer.
 
     Args:
-        factory: makes one Gymnasium environment, called without arguments or with ``seed=`` if it has such a parameter;
-            or a list of `n_envs` environments.
+        factory: makes one Gymnasium environment, called without arguments or with ``seed=`` if it has such a parameter,
+            or one vector of `n_envs` of them; or a list of `n_envs` environments, or their vector.
         actor: the learner's actor, a `BaseActorModule`, wrapped by ``torch.compile`` or DistributedDataParallel or not.
             Acting is done by a private copy.
         n_steps: T.
@@ -79,12 +80,12 @@ def rollout(
         ConfigError: an argument makes no sense.
         EnvError, ActorError: the environment or the actor cannot be recorded; also raised by ``next()``.
     """
-    if not callable(factory) and not isinstance(factory, (list, tuple)):
-        raise ConfigError(f"factory: expected a callable or a list of environments, not {factory!r:.100}")
+    if not callable(factory) and not isinstance(factory, (list, tuple)) and not is_vector(factory):
+        raise ConfigError(f"factory: expected a callable, a list of environments or a vector, not {factory!r:.100}")
     if n_envs is None:
         if callable(factory):
-            raise ConfigError("n_envs: needed, unless a list of environments is given")
-        n_envs = len(factory)
+            raise ConfigError("n_envs: needed, unless the environments themselves are given")
+        n_envs = factory.num_envs if is_vector(factory) else len(factory)
     if max_lag is not None and (not isinstance(max_lag, int) or isinstance(max_lag, bool) or max_lag < 0):
         raise ConfigError(f"max_lag: expected None or an integer of at least 0, not {max_lag!r}")
     if worker_mode not in ("train", "eval"):
@@ -122,7 +123,7 @@ class SameRollout:
 
     def __init__(
         self,
-        factory: Factory | Sequence[Any],
+        factory: Environments,
         actor: torch.nn.Module,
         options: CollectOptions,
         *,

@@ -1,0 +1,144 @@
+"""Batched values of nested spaces: between the arrays ``[B, ...]`` of a vector environment and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import optree
+
+from zrl.collect.spaces import EnvLayout
+from zrl.collect.writers import ActionReader, ObsWriter
+from zrl.data.fragment import Array, Row
+from zrl.errors import EnvError
+
+
+class BatchWriter:
+    """Writes batched observations, nested like single ones with arrays ``[B, ...]``, into rows.
+
+    The fast path is one copy a leaf. Whatever is of another dtype or shape goes column by column, with the checks of
+    plain environments; so does everything under debug, and text, which has no arrays.
+    """
+
+    def __init__(self, layout: EnvLayout, n: int, *, debug: bool) -> None:
+        self._one = ObsWriter(layout.obs, n, debug=debug)
+        self._space, self._example = layout.observation_space, layout.example
+        self._tree = optree.tree_structure(layout.obs, none_is_leaf=True)
+        self._fast = not debug and all_arrays(self._space)
+        self._n = n
+
+    def write(self, obs: Any, row: Row, phase: str = "step") -> None:
+        """All columns into `row`."""
+        pairs = list(zip(self._leaves(obs), row.obs, strict=False))
+        if pairs and all(x.dtype == a.dtype and x.shape == a.shape for x, a in pairs):
+            for x, a in pairs:
+                a[:] = x
+            return
+        self._check_length(obs, phase)
+        for j in range(self._n):
+            self._one.write_one(j, column_of(self._space, obs, j), row.obs, phase)
+
+    def write_some(self, obs: Any, rows: Array, columns: Array, arrays: Sequence[Array]) -> None:
+        """Rows of `obs` into `columns` of one array ``[B, ...]`` per leaf: first observations."""
+        leaves = self._leaves(obs)
+        if leaves and all(
+            x.dtype == a.dtype and x.shape[1:] == a.shape[1:] for x, a in zip(leaves, arrays, strict=True)
+        ):
+            for x, a in zip(leaves, arrays, strict=True):
+                a[columns] = x[rows]
+            return
+        for r, j in zip(rows.tolist(), columns.tolist(), strict=True):
+            self._one.write_one(j, column_of(self._space, obs, r), arrays, "reset")
+
+    def write_each(self, observations: Any, columns: Array, arrays: Sequence[Array], phase: str) -> None:
+        """Final observations: an array of objects, one a column, as the environments made them; or a usual batch."""
+        apart = isinstance(observations, np.ndarray) and observations.dtype == object
+        for j in columns.tolist():
+            obs = in_containers_of(self._example, observations[j]) if apart else column_of(self._space, observations, j)
+            self._one.write_one(j, obs, arrays, phase)
+
+    def _leaves(self, obs: Any) -> Sequence[Any]:
+        """The leaves if all of them are arrays; else none."""
+        if not self._fast:
+            return ()
+        try:
+            leaves = self._tree.flatten_up_to(obs)
+        except (ValueError, TypeError):
+            return ()
+        return leaves if all(isinstance(x, np.ndarray) for x in leaves) else ()
+
+    def _check_length(self, obs: Any, phase: str) -> None:
+        lengths = {len(x) for x in optree.tree_leaves(obs, none_is_leaf=True) if isinstance(x, np.ndarray) and x.ndim}
+        if all_arrays(self._space) and lengths - {self._n}:
+            raise EnvError(
+                "observations of another number of columns",
+                env_index=-1,
+                phase=phase,
+                leaf="state.obs",
+                expected=f"{self._n} rows in every array",
+                found=f"{sorted(lengths)}",
+            )
+
+
+class BatchActions:
+    """Turns a row of recorded actions into what a vector environment takes: clipped and cast copies, batched."""
+
+    def __init__(self, layout: EnvLayout) -> None:
+        self._reader = ActionReader(layout.act)
+        self.check = self._reader.check
+        self._space = layout.action_space
+        spaces, self._tree = optree.tree_flatten(layout.act)
+        self._leaves = [_cast(space) for space in spaces] if all_arrays(self._space) else []
+
+    def __call__(self, arrays: Sequence[Array]) -> Any:
+        if not self._leaves:
+            return batch_of(self._space, self._reader(arrays))
+        return self._tree.unflatten([cast(a) for cast, a in zip(self._leaves, arrays, strict=True)])
+
+
+def _cast(space: gym.Space[Any]) -> Callable[[Array], Array]:
+    dtype = np.dtype(space.dtype)
+    if isinstance(space, gym.spaces.Box) and (np.isfinite(space.low).any() or np.isfinite(space.high).any()):
+        low, high = space.low, space.high
+        return lambda a: np.clip(a, low, high).astype(dtype, copy=False)
+    return lambda a: a.astype(dtype)  # a copy: the environment may keep it, or write into it
+
+
+def all_arrays(space: Any) -> bool:
+    """Whether everything in a space has one array for all columns; texts and alternatives have a tuple."""
+    if isinstance(space, gym.spaces.Dict):
+        return all(map(all_arrays, space.spaces.values()))
+    if isinstance(space, gym.spaces.Tuple):
+        return all(map(all_arrays, space.spaces))
+    return not isinstance(space, (gym.spaces.Text, gym.spaces.OneOf))
+
+
+def column_of(space: Any, batched: Any, j: int) -> Any:
+    """Column `j` of batched values; `space` is that of one column."""
+    if isinstance(space, gym.spaces.Dict):
+        return type(batched)({key: column_of(sub, batched[key], j) for key, sub in space.spaces.items()})
+    if isinstance(space, gym.spaces.Tuple):
+        parts = [column_of(sub, x, j) for sub, x in zip(space.spaces, batched, strict=True)]
+        return type(batched)(*parts) if hasattr(batched, "_fields") else type(batched)(parts)
+    return batched[j]
+
+
+def in_containers_of(example: Any, value: Any) -> Any:
+    """`value` in the containers of `example`: batching makes plain dicts and tuples of whatever an environment has."""
+    if isinstance(example, dict) and isinstance(value, Mapping) and example.keys() == value.keys():
+        return type(example)({key: in_containers_of(example[key], value[key]) for key in example})
+    if isinstance(example, tuple | list) and isinstance(value, tuple | list) and len(example) == len(value):
+        parts = [in_containers_of(x, y) for x, y in zip(example, value, strict=True)]
+        return type(example)(*parts) if hasattr(example, "_fields") else type(example)(parts)
+    return value
+
+
+def batch_of(space: Any, values: Sequence[Any]) -> Any:
+    """Values of single columns as one batch: the inverse of `column_of`."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: batch_of(sub, [x[key] for x in values]) for key, sub in space.spaces.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(batch_of(sub, [x[i] for x in values]) for i, sub in enumerate(space.spaces))
+    return np.stack([np.asarray(x, space.dtype) for x in values]) if all_arrays(space) else tuple(values)

@@ -1,0 +1,265 @@
+"""Vector environments as columns: one call a step for all of them, and every array copied once.
+
+Whatever the autoreset mode, a column that ended begins its next episode *at once*, so that the record is that of plain
+environments, number for number:
+
+=============  ======================================================================================
+SAME_STEP      the environment has done it; the true final observation is in ``info["final_obs"]``
+NEXT_STEP,     the step returned the true final observation; once it is copied, the ended columns are
+DISABLED       reset alone: ``reset(options={"reset_mask": …})``, or ``reset(ids)`` of an EnvPool
+NEXT_STEP      where no column can be reset alone, the next step does it: that row takes no action
+               (``mask`` False), and is the one difference to plain environments
+=============  ======================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from zrl.collect.batched import BatchActions, BatchWriter
+from zrl.collect.envs import End, check_finite, checked_reward, info_writers
+from zrl.collect.spaces import EnvLayout, describe
+from zrl.collect.vector_probe import autoreset_mode, is_pool, present_in, reset_all, reset_some
+from zrl.collect.writers import LeafWriter
+from zrl.data.fragment import Array, Row
+from zrl.errors import EnvError
+from zrl.metrics import StageTimes
+
+_NONE: Array = np.empty(0, np.intp)
+
+
+class VectorColumns:
+    """The columns of one vector environment.
+
+    A column cannot stand still while the others are stepped. A frozen one is stepped on: what it does is discarded, and
+    it begins a new episode at the fragment's end.
+
+    Args:
+        env: a `gymnasium.vector.VectorEnv` that `check_vector` lets pass.
+        layout: what of it is recorded.
+        seeds: of the first reset, one a column; none for an EnvPool, which got them when it was made.
+        times: gets the seconds spent in ``env.step`` (stage ``env``).
+        partial: whether a column can be reset alone, as `can_reset_some` says.
+        debug: refuse what would otherwise be cast or let pass, and look at every value and action.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        layout: EnvLayout,
+        seeds: Sequence[int],
+        times: StageTimes,
+        *,
+        partial: bool,
+        debug: bool = False,
+    ) -> None:
+        self.n = int(env.num_envs)
+        self.rewards: Array = np.zeros(self.n)
+        self.dummies: Sequence[int] = ()
+        self.calls: MutableSequence[int] | memoryview = [0]
+        self._env = env
+        self._mode = autoreset_mode(env)
+        self._partial = partial
+        self._pool = is_pool(env)
+        self._seeds = list(seeds)
+        self._times = times
+        self._debug = debug
+        self._obs = BatchWriter(layout, self.n, debug=debug)
+        self._actions = BatchActions(layout)
+        self._infos = info_writers(layout.env or {}, self.n, debug=debug)
+        self._every = np.arange(self.n)
+        self._firsts: Any = None  # SAME_STEP: what the last step returned, with first observations
+        self._pending: Array = _NONE  # without partial reset: the columns whose next step only begins an episode
+        self._strayed = np.zeros(self.n, bool)  # stepped while frozen
+
+    def reset(self, row: Row) -> None:
+        obs = reset_all(self._env, self._seeds)
+        self._seeds = []
+        self.calls[0] += 1
+        self._pending = _NONE
+        self._strayed.fill(False)
+        self._obs.write(obs, row, "reset")
+
+    def step(self, row: Row, nxt: Row) -> list[End]:
+        actions = self._actions(nxt.act)
+        if self._debug:
+            self._actions.check(nxt.act, range(self.n))
+        started = perf_counter()
+        try:
+            result = self._env.step(actions)
+        except Exception as e:
+            raise _step_error(f"step raised {describe(e)}") from e
+        self._times.env += perf_counter() - started
+        self.calls[0] += 1
+        obs, terminated, truncated, info = self._take(result)
+        self._obs.write(obs, nxt)
+        done = terminated | truncated
+        pending, self._pending = self._pending, _NONE
+        if pending.size:
+            self.rewards[pending], done[pending] = 0.0, False
+        self.dummies = pending.tolist()
+        nxt.rew[:] = self.rewards
+        if self._debug:
+            check_finite(self.rewards)
+        ended = np.flatnonzero(done)
+        final = info
+        if ended.size and self._mode is AutoresetMode.SAME_STEP:
+            final = self._final(obs, nxt, ended, info)
+        if self._infos:
+            self._write_infos(info, final, ended, pending, row.env)
+        if not ended.size:
+            return []
+        return _ends(ended, terminated, final if "episode" in final else info)
+
+    def _take(self, result: Any) -> tuple[Any, Array, Array, dict[str, Any]]:
+        """``(obs, terminated, truncated, info)`` of a step, its rewards put in their place."""
+        try:
+            obs, rewards, terminated, truncated, info = result
+            flags = np.asarray(terminated), np.asarray(truncated)
+        except Exception as e:
+            raise _broken(describe(e)) from e
+        for name, flag in zip(("terminated", "truncated"), flags, strict=True):
+            if flag.shape != (self.n,) or flag.dtype != bool:
+                raise _broken(f"{name}: {flag.dtype}{list(flag.shape)}")
+        if not isinstance(info, dict):
+            raise _broken(f"info: {type(info).__name__}")
+        if self._pool and (info["env_id"] != self._every).any():
+            raise _broken(f"columns in the order {info['env_id'].tolist()}")
+        raw = np.asarray(rewards)
+        if raw.shape == (self.n,) and raw.dtype.kind in "biuf":
+            self.rewards[:] = raw
+        else:
+            self.rewards[:] = self._one_by_one(rewards, raw)
+        return obs, *flags, info
+
+    def _one_by_one(self, rewards: Any, raw: Array) -> list[float]:
+        """Rewards that are no array of numbers; the column that is to blame gets a name."""
+        if raw.ndim == 0 or len(raw) != self.n:
+            raise _broken(f"rewards of shape {list(raw.shape)}")
+        return [checked_reward(r, j) for j, r in enumerate(rewards)]
+
+    def _final(self, obs: Any, nxt: Row, ended: Array, info: dict[str, Any]) -> dict[str, Any]:
+        """SAME_STEP: put the true final observations into `nxt`; returns the infos of the final steps."""
+        self._firsts = obs
+        if "final_obs" not in info:
+            raise EnvError(
+                "episodes ended, and the true final observations are missing",
+                env_index=int(ended[0]),
+                phase="step",
+                leaf="info['final_obs']",
+                expected="one observation for each column that ended, as with Gymnasium's SAME_STEP",
+                found=f"keys {sorted(map(str, info))}",
+            )
+        self._obs.write_each(info["final_obs"], ended, nxt.obs, "step")
+        final = info.get("final_info", {})
+        return final if isinstance(final, dict) else {}
+
+    def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> list[End]:
+        frozen = np.ones(self.n, bool)
+        frozen[live] = False
+        for a, b in zip(row.act, nxt.act, strict=True):
+            b[frozen] = a[frozen]
+        ends = self.step(row, nxt)
+        self._strayed |= frozen
+        for a, b in zip(row.obs, nxt.obs, strict=True):
+            b[frozen] = a[frozen]
+        for a in row.env:
+            a[frozen] = 0
+        nxt.rew[frozen] = self.rewards[frozen] = 0.0
+        again = [j for j, _, _ in ends if frozen[j]]
+        if again and self._mode is AutoresetMode.DISABLED:
+            self._reset_some(np.array(again))
+        return [end for end in ends if not frozen[end[0]]]
+
+    def begin(self, ends: Iterable[End], row: Row) -> None:
+        ended = np.array([j for j, _, _ in ends], np.intp)
+        if self._mode is AutoresetMode.SAME_STEP:
+            self._obs.write_some(self._firsts, ended, ended, row.obs)
+        elif self._partial:
+            self._begin_alone(ended, row)
+        else:
+            self._pending = ended  # row t+1 keeps the final observation; the next step begins the episode
+
+    def finish(self, frozen: Sequence[int], row: Row) -> None:
+        """What frozen columns did meanwhile is over: their next episode begins in row T."""
+        strayed = np.array([j for j in frozen if self._strayed[j]], np.intp)
+        self._strayed.fill(False)
+        if strayed.size:
+            self._begin_alone(strayed, row)
+
+    def _begin_alone(self, columns: Array, row: Row) -> None:
+        obs, rows = self._reset_some(columns)
+        self._obs.write_some(obs, rows, columns, row.obs)
+
+    def _reset_some(self, columns: Array) -> tuple[Any, Array]:
+        """Reset these columns alone; returns observations, and which rows of them are theirs."""
+        try:
+            obs, info = reset_some(self._env, columns)
+        except Exception as e:
+            what = f"reset of some columns raised {describe(e)}"
+            raise EnvError(what, env_index=int(columns[0]), phase="reset") from e
+        self.calls[0] += 1
+        if not self._pool:
+            return obs, columns
+        order = np.argsort(info["env_id"])  # it returns the columns that were reset, and no others
+        return obs, order[np.searchsorted(info["env_id"], columns, sorter=order)]
+
+    def _write_infos(
+        self, info: dict[str, Any], final: dict[str, Any], ended: Array, skipped: Array, arrays: Sequence[Array]
+    ) -> None:
+        """Declared keys: where a column ended those of its final step; none of a step that only began an episode."""
+        for key, writer, value, mask in self._infos:
+            present = present_in(info, key, self.n)
+            if final is not info:
+                present[ended] = False
+            present[skipped] = False
+            self._write_info(info.get(key), np.flatnonzero(present), writer, arrays[value])
+            if final is not info:
+                late = ended[present_in(final, key, self.n)[ended]]
+                self._write_info(final.get(key), late, writer, arrays[value])
+                present[late] = True
+            arrays[value][~present] = np.nan if writer.dtype.kind in "fc" else 0
+            arrays[mask][:] = present
+
+    @staticmethod
+    def _write_info(values: Any, columns: Array, writer: LeafWriter, array: Array) -> None:
+        if isinstance(values, np.ndarray) and values.dtype == array.dtype and values.shape == array.shape:
+            array[columns] = values[columns]
+            return
+        for j in columns:
+            writer.write_one(int(j), values[j], array)
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _ends(ended: Array, terminated: Array, info: Mapping[str, Any]) -> list[End]:
+    """What the loop wants to know of each end: the statistics of the episode, if a wrapper has counted them."""
+    flags, columns = terminated[ended].tolist(), ended.tolist()
+    episode = info.get("episode")
+    if not isinstance(episode, Mapping) or "r" not in episode or "l" not in episode:
+        return [(j, flag, {}) for j, flag in zip(columns, flags, strict=True)]
+    present = present_in(info, "episode", len(terminated))
+    return [
+        (j, flag, {"episode": {"r": episode["r"][j], "l": episode["l"][j]}} if present[j] else {})
+        for j, flag in zip(columns, flags, strict=True)
+    ]
+
+
+def _step_error(what: str) -> EnvError:
+    return EnvError(what, env_index=-1, phase="step")
+
+
+def _broken(found: str) -> EnvError:
+    return EnvError(
+        "step broke Gymnasium's contract for vector environments",
+        env_index=-1,
+        phase="step",
+        expected="(obs, rewards [B], terminated [B] bool, truncated [B] bool, info dict), columns in order",
+        found=found,
+    )

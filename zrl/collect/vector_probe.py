@@ -1,0 +1,300 @@
+"""What a vector environment is and what it can do, found before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import optree
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from zrl.collect.batched import batch_of, column_of
+from zrl.collect.spaces import EnvLayout, Factory, describe, layout_of, space_leaves, takes_seed
+from zrl.data.fragment import Array
+from zrl.errors import ConfigError, EnvError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+PROBE_STEPS = 8  # tries to tell a partial reset from a full one
+
+
+def is_vector(env: Any) -> TypeIs[VectorEnv[Any, Any, Any]]:
+    """Whether `env` is a vector environment; an EnvPool is one, and a plain `gymnasium.Env` besides."""
+    return isinstance(env, VectorEnv)
+
+
+def is_pool(env: Any) -> bool:
+    """Whether `env` itself, not what it wraps, is an EnvPool."""
+    return any(base.__module__.startswith("envpool.") for base in type(env).__mro__)
+
+
+def autoreset_mode(env: Any) -> AutoresetMode:
+    """How a vector environment begins the next episode of a column.
+
+    Raises:
+        EnvError: its metadata do not say.
+    """
+    mode = (getattr(env, "metadata", None) or {}).get("autoreset_mode")
+    try:
+        return mode if isinstance(mode, AutoresetMode) else AutoresetMode(mode)
+    except ValueError:
+        raise EnvError(
+            "a vector environment must say how it resets columns whose episode ended; set metadata = "
+            '{"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP} in its class if the step after an end begins '
+            "the next episode, SAME_STEP if the step of the end does it, DISABLED if nothing does",
+            env_index=-1,
+            phase="factory",
+            leaf="metadata['autoreset_mode']",
+            expected=", ".join(str(m) for m in AutoresetMode),
+            found=repr(mode),
+        ) from None
+
+
+def check_vector(env: Any, n: int, *, sticky: bool, partial: bool) -> None:
+    """Look whether fragments of `n` columns can be made with a vector environment.
+
+    Raises:
+        ConfigError: it has another number of columns, or cannot freeze them.
+        EnvError: its metadata do not name its autoreset mode, it is asynchronous, or no column can be reset in it.
+    """
+    if env.num_envs != n:
+        raise ConfigError(
+            f"n_envs (n_per_actor): expected the number of columns of the vector environment, {env.num_envs}, not {n}"
+        )
+    mode = autoreset_mode(env)
+    if is_pool(env) and env.is_async:
+        raise EnvError(
+            "an EnvPool must return all columns at each step; leave batch_size out",
+            env_index=-1,
+            phase="factory",
+            expected=f"batch_size={n}",
+            found=str(env.config["batch_size"]),
+        )
+    if not partial and (sticky or mode is AutoresetMode.DISABLED):
+        why = "sticky=True freezes columns" if sticky else "its autoreset mode is DISABLED"
+        raise EnvError(
+            f"{why}, and this vector environment does not reset columns alone; teach it reset(options="
+            '{"reset_mask": …}), or choose ' + ("sticky=False" if sticky else "NEXT_STEP"),
+            env_index=-1,
+            phase="reset",
+            expected="only the columns of the mask reset",
+            found="others, or none",
+        )
+
+
+def check_pool_seeds(factory: Factory, env: Any, seeds: Sequence[int]) -> None:
+    """Look whether an EnvPool got its seeds: they can be given only where it is made, by ``envpool.make(seed=…)``.
+
+    Raises:
+        EnvError: the factory does not take them, or does not pass them on.
+    """
+    given = env.config.get("env_seed") or env.config.get("seed")
+    if not takes_seed(factory) or list(np.atleast_1d(given)) != list(seeds):
+        raise EnvError(
+            "an EnvPool is seeded when it is made: every worker would play the same episodes. Let the factory take "
+            "seed= and pass it on: def make(seed): return envpool.make(…, seed=seed)",
+            env_index=-1,
+            phase="factory",
+            leaf="seed",
+            expected=f"the {len(seeds)} seeds of its columns",
+            found=str(given) if takes_seed(factory) else "a factory without the parameter seed",
+        )
+
+
+def probe_vector(
+    env: Any, info_keys: Mapping[str, Any] | Iterable[str] | None, *, seeds: Sequence[int], may_step: bool
+) -> tuple[EnvLayout, bool]:
+    """Find the leaves of a vector environment, and whether a column can be reset alone (else SAME_STEP must do it).
+
+    Args:
+        env: a scratch instance, or with ``may_step=False`` one that is only reset.
+        info_keys: as for `zrl.collect.spaces.probe_env`.
+        seeds: one a column, or none.
+        may_step: whether it may be stepped.
+
+    Raises:
+        EnvError, ConfigError: as for `zrl.collect.spaces.probe_env`.
+    """
+    autoreset_mode(env)
+    space = getattr(env, "single_observation_space", None)
+    obs = reset_all(env, seeds)
+    if isinstance(space, gym.Space):
+        space_leaves(space, "single_observation_space")
+    layout = layout_of(
+        _OneColumn(env),
+        column_of(space, obs, 0),
+        env.single_action_space,
+        space,
+        info_keys,
+        may_step=may_step,
+    )
+    return layout, can_reset_some(env, may_step=may_step)
+
+
+class _OneColumn:
+    """A scratch vector environment that is stepped at random like a plain one: all that its infos say is in one."""
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+        self.action_space = self
+
+    def sample(self) -> Any:
+        return sampled(self._env)
+
+    def reset(self) -> tuple[Any, dict[str, Any]]:
+        return self._env.reset()[0], {}
+
+    def step(self, actions: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, rewards, terminated, truncated, info = self._env.step(actions)
+        merged = {**first_infos(info.get("final_info", {}), len(rewards)), **first_infos(info, len(rewards))}
+        stuck = autoreset_mode(self._env) is AutoresetMode.DISABLED and bool((terminated | truncated).any())
+        return obs, rewards, stuck, False, merged
+
+
+def first_infos(info: Any, n: int) -> dict[str, Any]:
+    """Of every key the value of the first column that has it."""
+    if not isinstance(info, dict):
+        return {}
+    found: dict[str, Any] = {}
+    for key in info:
+        columns = np.flatnonzero(present_in(info, key, n))
+        values = info[key]
+        if columns.size and isinstance(values, (np.ndarray, list, tuple)) and len(values) == n:
+            found[key] = values[columns[0]]
+    return found
+
+
+def sampled(env: Any) -> Any:
+    """Actions of all columns, drawn from the single space: that of an EnvPool is not batched."""
+    space = env.single_action_space
+    return batch_of(space, [space.sample() for _ in range(env.num_envs)])
+
+
+def can_reset_some(env: Any, *, may_step: bool) -> bool:
+    """Whether one column can be reset and the others left alone. Known of Gymnasium's own and of EnvPools; another kind
+    is tried, if it may be stepped."""
+    if env.num_envs == 1:
+        return True
+    known = type(env).reset in (SyncVectorEnv.reset, AsyncVectorEnv.reset) or is_pool(env)
+    if known or not may_step:
+        return known
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        return _resets_one(env)
+    return False
+
+
+def _resets_one(env: Any) -> bool:
+    """Step, reset column 0, and look who has moved; where nothing can be seen the answer is no."""
+    space = env.single_observation_space
+    for _ in range(PROBE_STEPS):
+        env.reset()
+        for _ in range(2):
+            stepped = env.step(sampled(env))[0]
+        before = [_bytes_of(space, stepped, j) for j in range(env.num_envs)]
+        after_reset, _ = reset_some(env, np.array([0]))
+        after = [_bytes_of(space, after_reset, j) for j in range(env.num_envs)]
+        if after[1:] != before[1:]:
+            return False
+        if after[0] != before[0]:
+            env.step(sampled(env))
+            return True
+    return False
+
+
+def _bytes_of(space: Any, obs: Any, j: int) -> list[Any]:
+    leaves = optree.tree_leaves(column_of(space, obs, j), none_is_leaf=True)
+    return [np.asarray(x).tobytes() for x in leaves]
+
+
+def reset_some(env: Any, columns: Array) -> tuple[Any, dict[str, Any]]:
+    """``env.reset`` of some columns alone: ``(obs, info)`` of all, or of those alone."""
+    if env.num_envs == 1:
+        return env.reset()  # type: ignore[no-any-return]
+    if is_pool(env):
+        return env.reset(columns.astype(np.int32))  # type: ignore[no-any-return]
+    mask = np.zeros(env.num_envs, bool)
+    mask[columns] = True
+    options = {"reset_mask": mask} if env is env.unwrapped else _MaskForAll(reset_mask=mask)
+    return env.reset(options=options)  # type: ignore[no-any-return]
+
+
+class _MaskForAll(dict[str, Any]):
+    """Reset options whose mask can be taken out more than once.
+
+    `SyncVectorEnv` pops it, so that the options of single environments are without it; a wrapper around it
+    (`gymnasium.wrappers.vector.RecordEpisodeStatistics`) then finds none, and begins to count anew in *all* columns.
+    """
+
+    def __init__(self, *, reset_mask: Array) -> None:
+        super().__init__()
+        self._mask = reset_mask
+
+    def __contains__(self, key: object) -> bool:
+        return key == "reset_mask" or super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._mask if key == "reset_mask" else super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._mask if key == "reset_mask" else super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return self._mask if key == "reset_mask" else super().pop(key, *default)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to the processes of an AsyncVectorEnv: without the mask
+        return dict, ()
+
+
+def reset_all(env: Any, seeds: Sequence[int]) -> Any:
+    """Begin an episode in every column; returns the observations.
+
+    Gymnasium's own take a list of seeds, one a column. Others that do not are given the first one, to make of it what
+    they do.
+
+    Raises:
+        EnvError: ``reset`` raised, or returned something else than ``(obs, info)``.
+    """
+    try:
+        result = _seeded(env, list(seeds))
+    except Exception as e:
+        raise EnvError(f"reset raised {describe(e)}", env_index=-1, phase="reset") from e
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+        raise EnvError(
+            "reset broke the Gymnasium contract",
+            env_index=-1,
+            phase="reset",
+            expected="(obs, info dict)",
+            found=type(result).__name__,
+        )
+    return result[0]
+
+
+def _seeded(env: Any, seeds: list[int]) -> Any:
+    if not seeds:
+        _settle(env)
+        return env.reset()
+    if type(env.unwrapped).reset in (SyncVectorEnv.reset, AsyncVectorEnv.reset):
+        return env.reset(seed=seeds)
+    try:
+        return env.reset(seed=seeds)
+    except Exception:
+        return env.reset(seed=seeds[0])
+
+
+def _settle(env: Any) -> None:
+    """An AsyncVectorEnv whose step was interrupted still waits for its answers: take them."""
+    inner = env.unwrapped
+    if isinstance(inner, AsyncVectorEnv) and inner._state.value != "default":
+        getattr(inner, f"{inner._state.value}_wait")()
+
+
+def present_in(info: Mapping[str, Any], key: str, n: int) -> Array:
+    """Which columns have this key: Gymnasium's ``_key`` says so; without it, as in an EnvPool, all or none."""
+    mask = info.get(f"_{key}")
+    return np.full(n, key in info) if mask is None else np.array(mask, bool)
