@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 WINDOW, LONGEST_WINDOW = 10.0, 60.0  # seconds that shares are about: usually, and where little happens
 SHORTEST_WINDOW = 1.0  # seconds below which shares say nothing
@@ -29,6 +29,9 @@ OVERDUE = 2.0  # times as long as batches usually take
 Phase = Literal["wait", "publish", "train"]
 
 
+COUNTS = {"env_steps": "env_steps", "masked_steps": "masked"}  # name in statistics → field of `StageTimes`
+
+
 @dataclasses.dataclass(slots=True)
 class StageTimes:
     """Seconds spent in each stage of making fragments, and how many environment steps came of it.
@@ -40,6 +43,7 @@ class StageTimes:
         reset: what the end of an episode costs: ``env.reset``, its observation, the recurrent state.
         total: wall time of whole fragments; what the four do not account for is the loop itself.
         n_env_steps: environment steps taken in that time.
+        n_masked: rows of columns without one: frozen, or a step that only began an episode.
     """
 
     env: float = 0.0
@@ -48,11 +52,17 @@ class StageTimes:
     reset: float = 0.0
     total: float = 0.0
     n_env_steps: int = 0
+    n_masked: int = 0
 
     def clear(self) -> None:
         """Start counting anew."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, field.default)
+
+    def __iadd__(self, other: StageTimes) -> Self:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        return self
 
     def shares(self) -> dict[str, float]:
         """Share of each stage in the total, in [0, 1]; ``other`` is the rest. Empty before the first fragment."""
@@ -64,6 +74,12 @@ class StageTimes:
     def as_dict(self) -> dict[str, float]:
         """All figures by name."""
         return dataclasses.asdict(self)
+
+    def figures(self) -> dict[str, Any]:
+        """The same as collectors show them: ``env_steps``, ``masked_steps``, and ``seconds`` by stage."""
+        seconds = self.as_dict()
+        counts = {name: int(seconds.pop(f"n_{short}")) for name, short in COUNTS.items()}
+        return {**counts, "seconds": seconds}
 
 
 class LearnerClock:

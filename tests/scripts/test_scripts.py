@@ -38,6 +38,10 @@ KEYS = {
         [f"{what}_ms_{size}" for what in ("publish", "adopted") for size in ("0_1mb", "6_4mb", "64mb")],
     ),
     "bench_startup.py": (["--workers", "2", "--repeats", "1"], ["first_batch_s", "first_batch_spawn_s", "close_s"]),
+    "bench_vector.py": (
+        ["--seconds", "0.02", "--rounds", "1"],
+        ["vector_over_bare", "envpool_over_bare", "share_env", "share_reset"],
+    ),
     "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
 }
 TOOLS = {"make_states.py"}  # tests/docs/test_states.py

@@ -65,7 +65,9 @@ def collect(ctx: Context, slot: Slot) -> None:
         _finish(ctx, slot, hx)
     check_rewards(slot.np.state.rew[1:], ctx.clock + 1)
     ctx.clock += ctx.n_steps
-    times.n_env_steps += int(np.count_nonzero(slot.np.mask))
+    taken = int(np.count_nonzero(slot.np.mask))
+    times.n_env_steps += taken
+    times.n_masked += slot.np.mask.size - taken
     times.actor += acting
     times.write += stepping - (times.env - in_envs)
     times.total += clock() - started

@@ -478,6 +478,7 @@ class Collator:
         times.reset += r.reset
         times.total += r.total
         times.n_env_steps += r.n_env_steps
+        times.n_masked += max(0, self.plan.n_steps * self.plan.n_columns - r.n_env_steps)
         self.waited += r.wait
 
     def _inspect(self, c: p.Inspect) -> None:
@@ -615,7 +616,7 @@ class Collator:
             host.drain()
 
     def _stats(self) -> dict[str, Any]:
-        slots, times = self.slots, self.times.as_dict()
+        slots, times = self.slots, self.times.figures()
         feed = self.feed.stats
         counters = {name: slots.counters[name] for name in ("granted", "committed", "consumed", "dropped", "lost")}
         return {
@@ -630,8 +631,8 @@ class Collator:
             "losses": dict(self.losses),
             "regranted": self.scheduler.n_regranted,
             "stale": {worker: n for worker, n in self.stale.items() if n},
-            "env_steps": int(times.pop("n_env_steps")),
-            "seconds": {**times, "wait": self.waited, "copy": feed.copy_seconds},
+            **times,
+            "seconds": {**times["seconds"], "wait": self.waited, "copy": feed.copy_seconds},
             "waiting_for": self.scheduler.waiting_for(),
             "peers": rows_of(self.peers, slots, time.monotonic()),
             **self._recent.as_dict(),

@@ -18,6 +18,7 @@ from zrl.data.batch import Batch, FragmentMeta
 from zrl.data.fragment import Record, Slot
 from zrl.data.weights import WeightsPacker
 from zrl.errors import ClosedError
+from zrl.metrics import StageTimes
 from zrl.nodes.buffers import HostBuffers
 from zrl.rollout.aging import Aging
 from zrl.rollout.alone import Alone
@@ -152,8 +153,9 @@ class InlineRollout:
         """Counters so far, under the names that `zrl.rollout.pipeline.PipelineRollout.stats` has for them."""
         if self._final:
             return self._final
-        times = [ctx.times.as_dict() for ctx in self._contexts]
-        total = {name: sum(t[name] for t in times) for name in times[0]} if times else {"n_env_steps": 0}
+        total = StageTimes()
+        for ctx in self._contexts:
+            total += ctx.times
         n = sum(self._seqs)
         consumed = min(n, self._n_yielded * self._options.n_per_batch)  # others were of a batch that was given up
         return {
@@ -168,8 +170,7 @@ class InlineRollout:
                 "in_flight": 0,
             },
             "workers": len(self._contexts),
-            "env_steps": int(total.pop("n_env_steps")),
-            "seconds": total,
+            **total.figures(),
         }
 
     def status(self) -> dict[str, Any]:

@@ -215,15 +215,14 @@ class SameRollout:
         return self.version
 
     def stats(self) -> dict[str, Any]:
-        """Counters so far: fragments yielded and lost, environment steps, the version, seconds by stage."""
-        ctx = self._ctx
-        times = ctx.times.as_dict() if ctx else self._final_times
+        """Counters so far: fragments yielded and lost, environment steps, rows without one, the version, seconds by
+        stage."""
+        times = self._ctx.times if self._ctx else self._final_times
         return {
             "version": self.version,
             "fragments": self._n_fragments,
             "lost": self._n_lost,
-            "env_steps": int(times["n_env_steps"]),
-            "seconds": {name: x for name, x in times.items() if name != "n_env_steps"},
+            **times.figures(),
         }
 
     def status(self) -> dict[str, Any]:
@@ -249,7 +248,7 @@ class SameRollout:
         ctx, self._ctx = self._ctx, None
         if ctx is None:
             return
-        self._final_times = ctx.times.as_dict()
+        self._final_times = ctx.times
         self._alone.learner.clock.stop()
         if self._close_envs:
             ctx.columns.close()
