@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
-from zrl.collect.envs import Columns, End, check_rewards
+from zrl.collect.envs import Columns, Ends, check_rewards
 from zrl.collect.spaces import describe
 from zrl.collect.streams import RandomStreams, undrawn
 from zrl.data.fragment import Array, Inputs, Row, Slot, map_leaves
@@ -56,7 +56,7 @@ def collect(ctx: Context, slot: Slot) -> None:
             returns += columns.rewards
             if columns.dummies:
                 hx = _skip(ctx, columns.dummies, t, row, hx)
-            if ends:
+            if ends is not None:
                 hx = _end_episodes(ctx, ends, t, nxt, hx)
                 if ctx.sticky and t + 1 < ctx.n_steps:
                     live = _freeze(ctx, slot, t + 1, ends, live)
@@ -253,54 +253,62 @@ def _value(ctx: Context, row: Row, hx: Any) -> Tensor:
     return host
 
 
-def _end_episodes(ctx: Context, ends: Sequence[End], t: int, nxt: Row, hx: Any) -> Any:
+def _end_episodes(ctx: Context, ends: Ends, t: int, nxt: Row, hx: Any) -> Any:
     """Write what the ends of episodes add to row t+1, begin the next ones, and return h_{t+1} after the resets."""
-    truncated = [j for j, terminated, _ in ends if not terminated]
-    if truncated:
+    ended = ends.columns
+    if False in ends.terminated:
+        truncated = [j for j, terminated in zip(ended, ends.terminated, strict=True) if not terminated]
         # row t+1 holds the true final observations until `begin` replaces them, and fin is still False
         nxt.final_value[truncated] = _value(ctx, nxt, hx).numpy()[truncated]
     started = perf_counter()
-    ended = [j for j, _, _ in ends]
-    write = _write_ends if len(ends) < MANY else _write_many_ends
+    write = _write_ends if type(ended) is list and len(ended) < MANY else _write_many_ends
     write(ctx, ends, ctx.clock + t + 1, nxt)
     if nxt.final_obs:
         for obs, kept in zip(nxt.obs, nxt.final_obs, strict=True):
             kept[ended] = obs[ended]
-    ctx.columns.begin(ends, nxt)
-    if ctx.resets:
-        for j in ended:
-            hx = ctx.actor.reset(j, hx)
+    ctx.columns.begin(ended, nxt)
+    hx = _reset_state(ctx, ended, hx)
     ctx.times.reset += perf_counter() - started
     return hx
 
 
-def _write_ends(ctx: Context, ends: Sequence[End], after: int, nxt: Row) -> None:
+def _write_ends(ctx: Context, ends: Ends, after: int, nxt: Row) -> None:
     """Flags and statistics of the episodes that ended with step number `after`."""
-    for j, terminated, info in ends:
+    for k, (j, terminated) in enumerate(zip(ends.columns, ends.terminated, strict=True)):
         nxt.fin[j] = True
         nxt.term[j] = terminated
         ret, length = ctx.returns[j], after - ctx.starts[j]
-        if "episode" in info:
-            ret, length = episode_statistics(j, info["episode"], ret, length)
+        if ends.infos and "episode" in ends.infos[k]:
+            ret, length = episode_statistics(j, ends.infos[k]["episode"], ret, length)
         nxt.ep_return[j], nxt.ep_length[j] = ret, length
         ctx.returns[j] = 0.0
         ctx.starts[j] = after
 
 
-def _write_many_ends(ctx: Context, ends: Sequence[End], after: int, nxt: Row) -> None:
+def _write_many_ends(ctx: Context, ends: Ends, after: int, nxt: Row) -> None:
     """The same, by arrays: for the hundreds of columns that a vector environment may have."""
-    columns, terminated, infos = zip(*ends, strict=True)
-    ended = np.array(columns)
+    ended = np.asarray(ends.columns)
     nxt.fin[ended] = True
-    nxt.term[ended] = terminated
+    nxt.term[ended] = ends.terminated
     nxt.ep_return[ended] = ctx.returns[ended]
     nxt.ep_length[ended] = after - ctx.starts[ended]
-    for j, info in zip(columns, infos, strict=True):
-        if info and "episode" in info:
+    for j, info in zip(ended.tolist() if ends.infos else (), ends.infos, strict=True):
+        if "episode" in info:
             ret, length = nxt.ep_return[j], nxt.ep_length[j]
             nxt.ep_return[j], nxt.ep_length[j] = episode_statistics(j, info["episode"], ret, length)
     ctx.returns[ended] = 0.0
     ctx.starts[ended] = after
+
+
+def _reset_state(ctx: Context, columns: Sequence[int] | Array, hx: Any) -> Any:
+    """The recurrent state with `columns` back at its initial value, one after the other unless that is zero."""
+    if not ctx.resets:
+        return hx
+    if type(ctx.actor).reset is BaseActorModule.reset:
+        return map_leaves(lambda h: h.index_fill(1, torch.as_tensor(columns, device=h.device), 0), hx)
+    for j in columns:
+        hx = ctx.actor.reset(int(j), hx)
+    return hx
 
 
 def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, hx: Any) -> Any:
@@ -308,9 +316,7 @@ def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, hx: Any) -> An
     for j in dummies:
         row.mask[j] = False
         ctx.starts[j] = ctx.clock + t + 1
-        if ctx.resets:
-            hx = ctx.actor.reset(j, hx)
-    return hx
+    return _reset_state(ctx, dummies, hx)
 
 
 def episode_statistics(j: int, episode: Any, ret: float, length: int) -> tuple[float, int]:
@@ -330,10 +336,10 @@ def episode_statistics(j: int, episode: Any, ret: float, length: int) -> tuple[f
         ) from e
 
 
-def _freeze(ctx: Context, slot: Slot, row: int, ends: Sequence[End], live: list[int] | None) -> list[int]:
+def _freeze(ctx: Context, slot: Slot, row: int, ends: Ends, live: list[int] | None) -> list[int]:
     """Freeze the columns that ended at `row` until the end of the fragment; returns those that go on."""
     r = slot.np
-    ended = [j for j, _, _ in ends]
+    ended = ends.columns
     r.mask[row:, ended] = False
     r.state.fin[row + 1 :, ended] = True
     r.state.term[row + 1 :, ended] = True
@@ -356,9 +362,7 @@ def _finish(ctx: Context, slot: Slot, hx: Any) -> None:
             a[hidden] = 0
         for j in frozen:
             ctx.starts[j] = ctx.clock + ctx.n_steps
-        if ctx.resets:
-            for j in frozen:
-                hx = ctx.actor.reset(j, hx)
+        hx = _reset_state(ctx, frozen, hx)
     last = slot.rows[-1]
     slot.pt.bootstrap[0].copy_(_value(ctx, last, hx))
     for kept, a in zip(ctx.carry.carried, last.carried, strict=True):

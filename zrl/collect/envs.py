@@ -8,9 +8,9 @@ writes what came of one step of all columns into the next row, with the *final* 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from collections.abc import Callable, MutableSequence, Sequence
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -23,8 +23,21 @@ from zrl.data.spec import ArraySpec
 from zrl.errors import EnvError
 from zrl.metrics import StageTimes
 
-End = tuple[int, bool, dict[str, Any]]  # column, terminated, the info of the final step
 _UNSET = object()  # no result of a step yet
+
+
+class Ends(NamedTuple):
+    """Episodes that ended with one step; at least one.
+
+    Attributes:
+        columns: where, in ascending order.
+        terminated: whether by termination, one flag a column.
+        infos: of the final steps, one a column; empty if none of them holds statistics of its episode.
+    """
+
+    columns: Sequence[int] | Array
+    terminated: Sequence[bool] | Array
+    infos: Sequence[dict[str, Any]]
 
 
 class Columns(Protocol):
@@ -49,16 +62,16 @@ class Columns(Protocol):
     def reset(self, row: Row) -> None:
         """Begin an episode in every column, the very first one with its seed: observations into `row`."""
 
-    def step(self, row: Row, nxt: Row) -> Sequence[End]:
+    def step(self, row: Row, nxt: Row) -> Ends | None:
         """Step every column with ``nxt.act``; write observations and rewards into `nxt`, infos into ``row.env``.
 
-        Returns the columns whose episode ended; their observation in `nxt` is the final one.
+        Returns the episodes that ended, if any; the observation of their columns in `nxt` is the final one.
         """
 
-    def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> Sequence[End]:
+    def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> Ends | None:
         """The same for the columns `live`; the others repeat ``obs`` and ``act`` of `row`, with no reward."""
 
-    def begin(self, ends: Iterable[End], row: Row) -> None:
+    def begin(self, columns: Sequence[int] | Array, row: Row) -> None:
         """Begin the next episode of the columns that ended: first observations into `row`."""
 
     def finish(self, frozen: Sequence[int], row: Row) -> None:
@@ -115,13 +128,13 @@ class PlainColumns:
         self._seeds = []
         self._steps = [env.step for env in self._envs]
 
-    def step(self, row: Row, nxt: Row) -> list[End]:
+    def step(self, row: Row, nxt: Row) -> Ends | None:
         actions = self._read_actions(nxt.act)
         if self._debug:
             self._read_actions.check(nxt.act, range(self.n))
         observations, rewards = self._observations, self._raw_rewards
         infos: list[dict[str, Any]] = []
-        ends: list[End] = []
+        ended: list[tuple[int, bool, dict[str, Any]]] = []
         keep_infos = bool(self._infos)
         calls = self.calls
         first = calls[0] + 1
@@ -134,7 +147,7 @@ class PlainColumns:
                 calls[0] = first + j
                 observations[j], rewards[j], terminated, truncated, info = result
                 if terminated or truncated:
-                    ends.append((j, bool(terminated), info))
+                    ended.append((j, bool(terminated), info))
                 if keep_infos:
                     infos.append(info)
         except Exception as e:
@@ -144,14 +157,12 @@ class PlainColumns:
         self.rewards = nxt.rew[:] = _reward_array(rewards)
         if self._debug:
             check_finite(self.rewards)
-        for j, _, info in ends:
-            _check_info(info, j)
         if keep_infos:
             for j, info in enumerate(infos):
                 self._write_info(j, info, row.env)
-        return ends
+        return _ends(ended) if ended else None
 
-    def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> list[End]:
+    def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> Ends | None:
         for a, b in zip(row.obs, nxt.obs, strict=True):
             b[:] = a
         frozen = np.ones(self.n, bool)
@@ -164,7 +175,7 @@ class PlainColumns:
         actions = self._read_actions(nxt.act)
         if self._debug:
             self._read_actions.check(nxt.act, live)
-        ends: list[End] = []
+        ended: list[tuple[int, bool, dict[str, Any]]] = []
         for j in live:
             result: Any = _UNSET
             started = perf_counter()
@@ -172,7 +183,7 @@ class PlainColumns:
                 result = self._steps[j](actions[j])
                 self.calls[0] += 1
                 obs, rew, terminated, truncated, info = result
-                ended = bool(terminated or truncated)
+                over = bool(terminated or truncated)
             except Exception as e:
                 raise _failure(e, j, actions, result) from e
             self._times.env += perf_counter() - started
@@ -180,19 +191,18 @@ class PlainColumns:
             self.rewards[j] = checked_reward(rew, j)
             if self._infos:
                 self._write_info(j, info, row.env)
-            if ended:
-                _check_info(info, j)
-                ends.append((j, bool(terminated), info))
+            if over:
+                ended.append((j, bool(terminated), info))
         if self._debug:
             check_finite(self.rewards)
         nxt.rew[:] = self.rewards
-        return ends
+        return _ends(ended) if ended else None
 
     def finish(self, frozen: Sequence[int], row: Row) -> None:
         """Nothing to do: frozen columns wait at the first observation, which `row` repeats."""
 
-    def begin(self, ends: Iterable[End], row: Row) -> None:
-        for j, _, _ in ends:
+    def begin(self, columns: Sequence[int] | Array, row: Row) -> None:
+        for j in columns:
             self._write_obs.write_one(j, reset_env(self._envs[j], j), row.obs, "reset")
             self.calls[0] += 1
 
@@ -210,6 +220,13 @@ class PlainColumns:
         with contextlib.ExitStack() as every:  # all of them, even if one of them raises
             for env in reversed(self._envs):
                 every.callback(env.close)
+
+
+def _ends(ended: Sequence[tuple[int, bool, dict[str, Any]]]) -> Ends:
+    columns, terminated, infos = map(list, zip(*ended, strict=True))
+    for j, info in zip(columns, infos, strict=True):
+        _check_info(info, j)
+    return Ends(columns, terminated, infos)
 
 
 def shorten(env: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.collect import OutputWriter, episode_statistics, first_row
-from zrl.collect.envs import End, PlainColumns, check_rewards
+from zrl.collect.envs import PlainColumns, check_rewards
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
 from zrl.collect.spaces import probe_env
 from zrl.data.fragment import Array, Inputs, Slot, map_leaves
@@ -62,7 +62,7 @@ def evaluate(
     live = list(range(len(envs)))
     with torch.inference_mode():
         while live and (n_steps is None or len(rewards) < n_steps):
-            ended = {j for j, _, _ in stage.step(live)}
+            ended = stage.step(live)
             rewards.append(stage.rewards.copy())
             if render:
                 for j in live:
@@ -110,7 +110,7 @@ def play(stage: Stage, quotas: Sequence[int], longest: int) -> Played:
     live = unfinished(range(len(quotas)))
     with torch.inference_mode():
         while live:
-            ended = {j: info for j, _, info in stage.step(live)}
+            ended = stage.step(live)
             total += stage.rewards
             length[live] += 1
             over = [j for j in live if j in ended or length[j] >= longest]
@@ -176,8 +176,9 @@ class Stage:
         """Of the last step, float64 ``[B]``; 0 where none was taken."""
         return self._columns.rewards
 
-    def step(self, live: Sequence[int]) -> list[End]:
-        """One step of the columns `live`; returns those that ended, which must begin again before they are live again.
+    def step(self, live: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """One step of the columns `live`; returns those that ended, which must begin again before they are live again,
+        each with the info of its final step.
 
         To be called in inference mode.
         """
@@ -186,18 +187,19 @@ class Stage:
         actions, self._hx, info = self._actor.step(*inputs, self._hx)
         self._write(actions, info, row)
         ends = self._columns.step_some(row, nxt, live)
+        ended = {} if ends is None else dict(zip(map(int, ends.columns), ends.infos, strict=True))
         self._n_steps += 1
         check_rewards(nxt.rew[None], self._n_steps)
         nxt.fin[:] = True
         nxt.fin[live] = False
-        nxt.fin[[j for j, _, _ in ends]] = True
+        nxt.fin[list(ended)] = True
         for a, b in zip(row.carried, nxt.carried, strict=True):
             a[:] = b
-        return ends
+        return ended
 
     def begin_again(self, columns: Sequence[int]) -> None:
         """Begin the next episode of these columns, wherever they are in the one before."""
-        self._columns.begin([(j, True, {}) for j in columns], self._row)
+        self._columns.begin(columns, self._row)
         self._row.fin[columns] = True
         self._reset_state(columns)
 

@@ -14,7 +14,7 @@ NEXT_STEP      where no column can be reset alone, the next step does it: that r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from zrl.collect.batched import BatchActions, BatchWriter
-from zrl.collect.envs import End, check_finite, checked_reward, info_writers
+from zrl.collect.envs import Ends, check_finite, checked_reward, info_writers
 from zrl.collect.spaces import EnvLayout, describe
 from zrl.collect.vector_probe import autoreset_mode, is_pool, present_in, reset_all, reset_some
 from zrl.collect.writers import LeafWriter
@@ -85,7 +85,7 @@ class VectorColumns:
         self._strayed.fill(False)
         self._obs.write(obs, row, "reset")
 
-    def step(self, row: Row, nxt: Row) -> list[End]:
+    def step(self, row: Row, nxt: Row) -> Ends | None:
         actions = self._actions(nxt.act)
         if self._debug:
             self._actions.check(nxt.act, range(self.n))
@@ -113,7 +113,7 @@ class VectorColumns:
         if self._infos:
             self._write_infos(info, final, ended, pending, row.env)
         if not ended.size:
-            return []
+            return None
         return _ends(ended, terminated, final if "episode" in final else info)
 
     def _take(self, result: Any) -> tuple[Any, Array, Array, dict[str, Any]]:
@@ -159,7 +159,7 @@ class VectorColumns:
         final = info.get("final_info", {})
         return final if isinstance(final, dict) else {}
 
-    def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> list[End]:
+    def step_some(self, row: Row, nxt: Row, live: Sequence[int]) -> Ends | None:
         frozen = np.ones(self.n, bool)
         frozen[live] = False
         for a, b in zip(row.act, nxt.act, strict=True):
@@ -171,13 +171,21 @@ class VectorColumns:
         for a in row.env:
             a[frozen] = 0
         nxt.rew[frozen] = self.rewards[frozen] = 0.0
-        again = [j for j, _, _ in ends if frozen[j]]
-        if again and self._mode is AutoresetMode.DISABLED:
-            self._reset_some(np.array(again))
-        return [end for end in ends if not frozen[end[0]]]
+        return self._of_live(ends, frozen) if ends is not None else None
 
-    def begin(self, ends: Iterable[End], row: Row) -> None:
-        ended = np.array([j for j, _, _ in ends], np.intp)
+    def _of_live(self, ends: Ends, frozen: Array) -> Ends | None:
+        """What of `ends` counts; a frozen column that ended again is only made fit for its next step."""
+        again = frozen[ends.columns]
+        columns, terminated = np.asarray(ends.columns), np.asarray(ends.terminated)
+        if again.any() and self._mode is AutoresetMode.DISABLED:
+            self._reset_some(columns[again])
+        if again.all():
+            return None
+        infos = [info for info, skip in zip(ends.infos, again, strict=False) if not skip]
+        return Ends(columns[~again], terminated[~again], infos)
+
+    def begin(self, columns: Sequence[int] | Array, row: Row) -> None:
+        ended = np.asarray(columns)
         if self._mode is AutoresetMode.SAME_STEP:
             self._obs.write_some(self._firsts, ended, ended, row.obs)
         elif self._partial:
@@ -238,17 +246,14 @@ class VectorColumns:
         self._env.close()
 
 
-def _ends(ended: Array, terminated: Array, info: Mapping[str, Any]) -> list[End]:
-    """What the loop wants to know of each end: the statistics of the episode, if a wrapper has counted them."""
-    flags, columns = terminated[ended].tolist(), ended.tolist()
+def _ends(ended: Array, terminated: Array, info: Mapping[str, Any]) -> Ends:
+    """What the loop wants to know of each end: with the statistics of the episode, if a wrapper has counted them."""
     episode = info.get("episode")
     if not isinstance(episode, Mapping) or "r" not in episode or "l" not in episode:
-        return [(j, flag, {}) for j, flag in zip(columns, flags, strict=True)]
+        return Ends(ended, terminated[ended], ())
     present = present_in(info, "episode", len(terminated))
-    return [
-        (j, flag, {"episode": {"r": episode["r"][j], "l": episode["l"][j]}} if present[j] else {})
-        for j, flag in zip(columns, flags, strict=True)
-    ]
+    infos = [{"episode": {"r": episode["r"][j], "l": episode["l"][j]}} if present[j] else {} for j in ended.tolist()]
+    return Ends(ended, terminated[ended], infos)
 
 
 def _step_error(what: str) -> EnvError:
