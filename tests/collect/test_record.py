@@ -460,7 +460,7 @@ def test_values_leave_the_random_stream_as_they_found_it(sticky: bool, keep: boo
 
     def acts(actor: RandomActor) -> list[Tensor]:
         with same.rollout(DrawingEnv, actor, 6, 3, entropy=3, sticky=sticky, keep_final_obs=keep) as batches:
-            drawn = [next(batches).clone() for _ in range(4)]
+            drawn = [next(batches).clone() for _ in range(8)]
         assert sum(len(batch.episodes) for batch in drawn) > 2
         return [batch.state.act for batch in drawn]
 
