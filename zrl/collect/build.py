@@ -15,8 +15,9 @@ from zrl.collect.collect import Context
 from zrl.collect.debug import CheckedStep
 from zrl.collect.envs import PlainColumns
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
+from zrl.collect.setup import set_up
 from zrl.collect.spaces import EnvLayout, Factory, make_env, probe_env
-from zrl.collect.streams import RandomStreams, env_seeds
+from zrl.collect.streams import RandomStreams, env_seeds, setup_generator
 from zrl.errors import ConfigError
 from zrl.metrics import StageTimes
 
@@ -76,6 +77,7 @@ def build(factory: Factory | Sequence[Any], actor: BaseActorModule, options: Col
     with contextlib.ExitStack() as made:
         with streams.active():
             layout, envs = _environments(factory, o, seeds, made)
+            set_up(actor, o.index, o.n_columns, setup_generator(o.entropy, o.index, o.generation), debug=o.debug)
             actor_layout = probe_actor(actor, layout, o.n_columns, o.device)
         ctx = Context(
             actor=actor,

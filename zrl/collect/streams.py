@@ -73,6 +73,11 @@ def _permuted(entropy: int, first: int, n: int) -> list[int]:
     return [int(seed) for seed in x]
 
 
+def setup_generator(entropy: int, index: int, generation: int) -> torch.Generator:
+    """What an actor's ``setup`` may draw from."""
+    return torch.Generator().manual_seed(_words(entropy, index, generation, 3, 1)[0] >> 1)
+
+
 class RandomStreams:
     """The global random states of one worker, kept aside while it does not run.
 
