@@ -6,7 +6,9 @@ As in ``bench_collect.py`` loops take turns, rates are of CPU time (threads of a
 the median of the rounds' ratios. A bare loop calls the actor's forward with sampling and ``step`` of the same kind of
 environment, which resets itself as it likes, and records nothing. The last line is one flat JSON object:
 
-- ``vector_over_bare``: `collect` with a NumPy vector environment of 1,024 columns.
+- ``vector_over_bare``: `collect` with a NumPy vector environment of 1,024 columns and episodes of 200 steps, all of
+  them truncated: 5 of the columns end in each step.
+- ``vector_short_over_bare``: the same with episodes of some 22 steps: 46 columns end in each step.
 - ``envpool_over_bare``: `collect` with CartPole-v1 in an EnvPool of 256 columns; 0 where EnvPool is not installed.
 - ``share_env`` and so on: time by stage of the first, ``envpool_share_env`` and so on of the second.
 """
@@ -35,50 +37,99 @@ T = 64
 N_NUMPY, N_POOL = 1024, 256
 
 
-class CartPoles(VectorEnv[Any, Any, Any]):
-    """CartPole-v1 in NumPy, all columns at once. The step after an end begins the next episode, unless it was reset."""
+class Vector(VectorEnv[Any, Any, Any]):
+    """An environment of `n` columns in NumPy. The step after an end begins the next episode, unless it was reset."""
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 (Gymnasium's way)
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, name: str, n: int, n_state: int, limit: int) -> None:
         self.num_envs = n
-        single = gym.make("CartPole-v1")
+        single = gym.make(name)
         self.single_observation_space, self.single_action_space = single.observation_space, single.action_space
         self.observation_space = batch_space(self.single_observation_space, n)
         self.action_space = batch_space(self.single_action_space, n)
-        self._state = np.zeros((4, n))
+        self._state = np.zeros((n_state, n))
         self._ended = np.zeros(n, bool)
-        self._length = np.zeros(n, int)
+        self._limit = limit
+        # so that not all columns reach the limit at once
+        self._length = np.arange(n) % limit
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self._begin(options["reset_mask"] if options else np.ones(self.num_envs, bool))
+        if options:
+            self._begin(options["reset_mask"])
+        else:
+            self._state[:] = self._first(self.num_envs)
         return self._state.T.astype(np.float32), {}
 
     def _begin(self, mask: Any) -> None:
-        self._state[:, mask] = self.np_random.uniform(-0.05, 0.05, (4, np.count_nonzero(mask)))
+        self._state[:, mask] = self._first(np.count_nonzero(mask))
         self._ended[mask] = False
         self._length[mask] = 0
 
+    def _first(self, n: Any) -> Any:
+        return self.np_random.uniform(-0.05, 0.05, (len(self._state), n))
+
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        begun = self._ended
+        self._move(actions)
+        self._length += 1
+        if begun.any():
+            self._begin(begun.copy())
+        terminated, truncated = self._is_over(), self._length >= self._limit
+        self._ended = terminated | truncated
+        return self._state.T.astype(np.float32), np.ones(self.num_envs), terminated, truncated, {}
+
+    def _move(self, actions: Any) -> None:
+        raise NotImplementedError
+
+    def _is_over(self) -> Any:
+        raise NotImplementedError
+
+
+class CartPoles(Vector):
+    """The dynamics of CartPole-v1: an actor that has learnt nothing keeps a pole up for some 22 steps."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__("CartPole-v1", n, 4, limit=500)
+
+    def _move(self, actions: Any) -> None:
         x, v, angle, w = self._state
         force = np.where(actions == 1, 10.0, -10.0)
         cos, sin = np.cos(angle), np.sin(angle)
         push = (force + 0.05 * w * w * sin) / 1.1
         spin = (9.8 * sin - cos * push) / (0.5 * (4.0 / 3.0 - 0.1 * cos * cos / 1.1))
         slide = push - 0.05 * spin * cos / 1.1
-        begun = self._ended
         self._state = np.stack([x + 0.02 * v, v + 0.02 * slide, angle + 0.02 * w, w + 0.02 * spin])
-        self._length += 1
-        if begun.any():
-            self._begin(begun.copy())
-        terminated = (np.abs(self._state[0]) > 2.4) | (np.abs(self._state[2]) > 0.2095)
-        truncated = self._length >= 500
-        self._ended = terminated | truncated
-        return self._state.T.astype(np.float32), np.ones(self.num_envs), terminated, truncated, {}
+
+    def _is_over(self) -> Any:
+        return (np.abs(self._state[0]) > 2.4) | (np.abs(self._state[2]) > 0.2095)
 
 
-def numpy_env() -> CartPoles:
+class MountainCars(Vector):
+    """The dynamics of MountainCar-v0: an actor that has learnt nothing never arrives, and is cut after 200 steps."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__("MountainCar-v0", n, 2, limit=200)
+
+    def _first(self, n: Any) -> Any:
+        return np.stack([self.np_random.uniform(-0.6, -0.4, n), np.zeros(n)])
+
+    def _move(self, actions: Any) -> None:
+        x, v = self._state
+        v = np.clip(v + (actions - 1) * 0.001 - 0.0025 * np.cos(3 * x), -0.07, 0.07)
+        x = np.clip(x + v, -1.2, 0.6)
+        self._state = np.stack([x, np.where((x <= -1.2) & (v < 0), 0.0, v)])
+
+    def _is_over(self) -> Any:
+        return self._state[0] >= 0.5
+
+
+def mountain_cars() -> Vector:
+    return MountainCars(N_NUMPY)
+
+
+def cart_poles() -> Vector:
     return CartPoles(N_NUMPY)
 
 
@@ -125,10 +176,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    actor = Actor()
-    loops: dict[str, Rate] = {"bare": bare(actor, numpy_env(), N_NUMPY)}
-    loops["vector"], ctx = collecting(actor, numpy_env, N_NUMPY)
-    contexts = {"share_": ctx}
+    actor, driver = Actor(), Actor(2)
+    loops: dict[str, Rate] = {
+        "bare": bare(driver, mountain_cars(), N_NUMPY),
+        "short_bare": bare(actor, cart_poles(), N_NUMPY),
+    }
+    contexts: dict[str, Context] = {}
+    loops["vector"], contexts["share_"] = collecting(driver, mountain_cars, N_NUMPY)
+    loops["short"], contexts["short_share_"] = collecting(actor, cart_poles, N_NUMPY)
     if importlib.util.find_spec("envpool"):
         loops["envpool_bare"] = bare(actor, pool_env(), N_POOL)
         loops["envpool"], contexts["envpool_share_"] = collecting(actor, pool_env, N_POOL)
@@ -150,6 +205,7 @@ def main() -> None:
         print(f"{name:15s} {statistics.median(values):12,.0f} steps/s")
     result: dict[str, float] = {
         "vector_over_bare": ratio("vector", "bare"),
+        "vector_short_over_bare": ratio("short", "short_bare"),
         "envpool_over_bare": ratio("envpool", "envpool_bare"),
         **{
             f"{prefix}{name}": round(x, 3) for prefix, ctx in contexts.items() for name, x in ctx.times.shares().items()

@@ -460,7 +460,7 @@ def test_values_leave_the_random_stream_as_they_found_it(sticky: bool, keep: boo
 
     def acts(actor: RandomActor) -> list[Tensor]:
         with same.rollout(DrawingEnv, actor, 6, 3, entropy=3, sticky=sticky, keep_final_obs=keep) as batches:
-            drawn = [next(batches).clone() for _ in range(4)]
+            drawn = [next(batches).clone() for _ in range(8)]
         assert sum(len(batch.episodes) for batch in drawn) > 2
         return [batch.state.act for batch in drawn]
 
@@ -703,21 +703,55 @@ def test_stages_of_time() -> None:
     assert sum(times.shares().values()) == pytest.approx(1)
 
 
-def test_one_value_call_for_each_step_with_a_truncation() -> None:
-    """The columns that were truncated at the same step share one call of shape [1, B]; terminations need none."""
-    calls: list[Any] = []
+class Watched(CountingActor):
+    """Writes down what its ``value`` is asked."""
 
-    class Watched(CountingActor):
-        def value(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> Tensor:
-            calls.append((obs.shape, fin.clone()))
-            return super().value(obs, act, rew, fin, hx)
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
 
-    ctx, _ = counting([{2: "trunc", 3: "term"}, {2: "trunc"}, {}], 4, Watched())
-    calls.clear()  # of the probe
+    def value(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> Tensor:
+        self.calls.append((obs.shape, fin.clone()))
+        return super().value(obs, act, rew, fin, hx)
+
+
+class SetUp(Watched):
+    def setup(self, worker: int, columns: range, generator: torch.Generator) -> None:
+        assert columns == range(3)
+
+
+def test_one_value_call_for_all_truncations_of_a_fragment() -> None:
+    """They share one call; terminations need none."""
+    actor = Watched()
+    ctx, _ = counting([{2: "trunc", 3: "term"}, {2: "trunc"}, {}], 4, actor)
+    actor.calls.clear()  # of the probe
     fragments(ctx, 1)
-    assert [shape for shape, _ in calls] == [(1, 3, 3)] * 2
-    assert not calls[0][1].any()  # v(x'_2) with fin False
-    assert calls[1][1].tolist() == [[False, False, False]]
+    assert [shape for shape, _ in actor.calls] == [(1, 2, 3), (1, 3, 3)]
+    assert not actor.calls[0][1].any()  # v(x'_2) with fin False
+    assert actor.calls[1][1].tolist() == [[False, False, False]]
+
+
+def test_more_truncations_than_columns() -> None:
+    """No call has more columns than the steps have, or a single one where they have more."""
+    scripts: list[Script] = [{1: "trunc", 3: "trunc"}, {2: "trunc", 4: "trunc"}, {}]
+    actor = Watched()
+    ctx, _ = counting(scripts, 4, actor)
+    actor.calls.clear()
+    (slot,) = fragments(ctx, 1)
+    assert [shape[1] for shape, _ in actor.calls] == [3, 2, 3]
+    (want,) = simulate(scripts, 4, 1)
+    np.testing.assert_array_equal(slot.np.final_value, want.final_value)
+
+
+def test_an_actor_that_was_set_up_is_asked_of_all_its_columns() -> None:
+    scripts: list[Script] = [{2: "trunc", 3: "term"}, {2: "trunc"}, {3: "trunc"}]
+    actor = SetUp()
+    ctx, _ = counting(scripts, 4, actor)
+    actor.calls.clear()
+    (slot,) = fragments(ctx, 1)
+    assert [shape for shape, _ in actor.calls] == [(1, 3, 3)] * 3
+    (want,) = simulate(scripts, 4, 1)
+    np.testing.assert_array_equal(slot.np.final_value, want.final_value)
 
 
 def test_a_state_of_any_nesting() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from tests.toys import N_ACTIONS, CountingActor, CountingEnv, DrawingEnv, RandomActor, SpoiltEnv
 from zrl import BaseActorModule, Batch, EnvError
-from zrl.collect.streams import RandomStreams, env_seeds, undrawn
+from zrl.collect.streams import RandomStreams, block, env_seeds, evaluation_seeds, undrawn
 from zrl.data.spec import flatten
 from zrl.rollout import same
 from zrl.zoo import GRUActor, MLPActor
@@ -148,14 +148,34 @@ def test_columns_differ() -> None:
 # -- seeds -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_two_columns_share_a_seed() -> None:
-    seeds = env_seeds(1, 0, 0, 5000)
-    assert len(set(seeds)) == 5000
+def test_no_two_environments_of_a_run_share_a_seed() -> None:
+    """Of whatever worker and generation. Were the seeds drawn, some 25 of these pairs would be equal."""
+    n = 257
+    keys = [(index, generation) for index in (*range(60), 4095, 65535) for generation in (*range(17), 63, 64, 511)]
+    seeds = [seed for index, generation in keys for seed in env_seeds(1, index, generation, n)]
+    seeds += evaluation_seeds(1, n)
+    assert len(set(seeds)) == len(seeds) == (len(keys) + 1) * n
     assert min(seeds) >= 0
     assert max(seeds) < 2**31
-    assert env_seeds(1, 0, 0, 7) == seeds[:7]
-    others = [env_seeds(1, 1, 0, 64), env_seeds(1, 0, 1, 64), env_seeds(2, 0, 0, 64)]
-    assert len({s for x in others for s in x} | set(seeds[:64])) == 4 * 64
+
+
+def test_the_most_that_have_seeds_of_their_own() -> None:
+    """What `env_seeds` promises, to the last of them."""
+    for index, generation, n in ((65535, 63, 128), (63, 511, 1024)):
+        assert block(index, generation) * n + n <= 2**31
+        assert max(block(i, g) for i in (0, index) for g in (0, generation)) == block(index, generation)
+    pairs = [(index, generation) for index in range(70) for generation in range(600)]
+    assert len({block(*pair) for pair in pairs}) == len(pairs)
+
+
+def test_seeds_follow_from_the_entropy_and_look_random() -> None:
+    assert env_seeds(1, 0, 0, 7) == env_seeds(1, 0, 0, 9)[:7]
+    assert not set(env_seeds(1, 0, 0, 64)) & set(env_seeds(2, 0, 0, 64))
+    seeds = np.array(env_seeds(3, 0, 0, 20_000)) / 2**31
+    assert np.histogram(seeds, 10)[0] == pytest.approx(2000, abs=250)
+    assert np.histogram(np.diff(seeds) % 1.0, 10)[0] == pytest.approx(2000, abs=250)
+    # beyond the last number there is no error: the first ones come again
+    assert env_seeds(1, 2**40, 0, 3) == env_seeds(1, 0, 0, 3)
 
 
 def test_an_environment_is_seeded_once_and_by_its_column() -> None:

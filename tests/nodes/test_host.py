@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -69,6 +70,7 @@ def test_children_of_the_run_before_that_have_not_ended_are_nobodys(stopped: Spa
             host.begin(RUN)
             assert len(host.kids) == N
             assert not old & set(host.kids)
+            assert {kid.generation for kid in host.kids.values()} == {1}  # of the same run: with seeds of their own
             os.kill(stopped.process.pid, signal.SIGCONT)
             deadline = time.monotonic() + PATIENCE
             while any(kid.child.pid is None for kid in host.kids.values()):
@@ -76,6 +78,10 @@ def test_children_of_the_run_before_that_have_not_ended_are_nobodys(stopped: Spa
                 await asyncio.sleep(0.01)
             assert len(host.kids) == host.n_started - N == N
             assert (host.n_replaced, said.gone, said.errors) == (0, [], [])
+            host.end()
+            assert await host.ended(PATIENCE)
+            host.begin(dataclasses.replace(RUN, run_id=b"s" * 16))
+            assert {kid.generation for kid in host.kids.values()} == {0}
             host.end()
             assert await host.ended(PATIENCE)
 

@@ -32,8 +32,26 @@ class BaseActorModule(torch.nn.Module):
 
     An actor must not write its inputs, draws random numbers from torch's default generators only, and samples when
     ``self.training``, acts greedily otherwise. What shall follow the learner during a run must be a parameter or a
-    buffer; other attributes are frozen when the run starts.
+    buffer; other attributes are frozen when the run starts, but for what `setup` makes of them.
     """
+
+    def setup(self, worker: int, columns: range, generator: torch.Generator) -> None:
+        """Prepare the copy of one worker for its columns: for an ε of its own in each, say. Does nothing by default.
+
+        Called once, on the private copy that acts, on its device, before anything else is asked of it; again, with
+        another `generator`, on the copy of a worker that replaces one. Never called on the learner's own actor, nor in
+        evaluations: give every attribute that is set here a value in ``__init__`` as well, one that fits any number of
+        columns. And let ``info`` say whatever of it a loss must know, such as the ``log_prob`` of the actions taken.
+
+        Set plain attributes. Parameters and buffers, non-persistent ones too, are the learner's: what is written into
+        them here is overwritten at the next publish.
+
+        Args:
+            worker: index of the worker in the run.
+            columns: the numbers of its B columns in the run, ``worker * B`` to ``worker * B + B - 1``.
+            generator: on the CPU, seeded for this worker and this life of it from the entropy of the run; nobody else
+                draws from it.
+        """
 
     def step(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> tuple[Any, Any, dict[str, Any]]:
         """One step of B environments: all inputs ``[1, B, ...]``; returns as ``forward``."""
@@ -41,7 +59,11 @@ class BaseActorModule(torch.nn.Module):
         return actions, hx, info
 
     def value(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> Tensor:
-        """v(x_t), ``[1, B]``, with nothing advanced: the new recurrent state is dropped."""
+        """v(x_t), ``[1, B]``, with nothing advanced: the new recurrent state is dropped.
+
+        It is also asked for any number of columns that were truncated in any rows of a fragment, side by side, unless
+        the actor has a `setup`.
+        """
         _, _, info = self(obs, act, rew, fin, hx=hx)
         value: Tensor = info["value"]
         return value

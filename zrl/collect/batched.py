@@ -47,7 +47,7 @@ class BatchWriter:
             x.dtype == a.dtype and x.shape[1:] == a.shape[1:] for x, a in zip(leaves, arrays, strict=True)
         ):
             for x, a in zip(leaves, arrays, strict=True):
-                a[columns] = x[rows]
+                a[columns] = x.take(rows, 0)  # five times as fast as x[rows]
             return
         for r, j in zip(rows.tolist(), columns.tolist(), strict=True):
             self._one.write_one(j, column_of(self._space, obs, r), arrays, "reset")

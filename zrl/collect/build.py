@@ -15,8 +15,9 @@ from zrl.collect.collect import Context
 from zrl.collect.debug import CheckedStep
 from zrl.collect.envs import Columns, PlainColumns
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
+from zrl.collect.setup import set_up
 from zrl.collect.spaces import Environments, EnvLayout, make_env, probe_env
-from zrl.collect.streams import RandomStreams, env_seeds
+from zrl.collect.streams import RandomStreams, env_seeds, setup_generator
 from zrl.collect.vector import VectorColumns
 from zrl.collect.vector_probe import check_pool_seeds, check_vector, is_pool, is_vector, probe_vector
 from zrl.errors import ConfigError
@@ -78,6 +79,7 @@ def build(factory: Environments, actor: BaseActorModule, options: CollectOptions
     with contextlib.ExitStack() as made:
         with streams.active():
             layout, columns = _columns(factory, o, seeds, times, made)
+            set_up(actor, o.index, o.n_columns, setup_generator(o.entropy, o.index, o.generation), debug=o.debug)
             actor_layout = probe_actor(actor, layout, o.n_columns, o.device)
         ctx = Context(
             actor=actor,

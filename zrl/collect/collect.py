@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
+from zrl.collect.cut import CutEpisodes, value_of
 from zrl.collect.envs import Columns, Ends, check_rewards
 from zrl.collect.spaces import describe
-from zrl.collect.streams import RandomStreams, undrawn
+from zrl.collect.streams import RandomStreams
 from zrl.data.fragment import Array, Inputs, Row, Slot, map_leaves
 from zrl.data.spec import FragmentSpec, flatten, tree_paths
 from zrl.errors import ActorError, EnvError, RecordError
@@ -102,6 +103,7 @@ class Context:
         sticky: freeze a column after an end.
         n_steps: T.
         resets: whether the actor is to be told of ends.
+        cut: the episodes that were truncated within the fragment in hand.
         carry: a row that keeps row T of the last fragment, to become row 0 of the next.
         hx: h_0 of the next fragment; tensors of our own, never views of a slot.
         returns: float64 ``[B]``, reward so far of the running episodes.
@@ -131,6 +133,7 @@ class Context:
     starts: Array = dataclasses.field(init=False)
     n_steps: int = dataclasses.field(init=False)
     resets: bool = dataclasses.field(init=False)
+    cut: CutEpisodes = dataclasses.field(init=False)
     clock: int = 0
 
     def __post_init__(self) -> None:
@@ -141,6 +144,7 @@ class Context:
         self.carry = Slot(self.spec.with_steps(1)).rows[0]
         # an actor without recurrent state need not be told of ends, unless it wants to be
         self.resets = bool(flatten(self.initial_hx)[0]) or type(self.actor).reset is not BaseActorModule.reset
+        self.cut = CutEpisodes(self)
         self.restart()
 
     def restart(self) -> None:
@@ -228,6 +232,7 @@ def _onto(device: torch.device) -> Callable[[Row], Inputs]:
 
 def _begin(ctx: Context, slot: Slot) -> Any:
     """Row 0 and h_0 from where the last fragment stopped; what only ends of episodes write is cleared."""
+    ctx.cut.clear()
     r = slot.np
     for a in (r.state.fin, r.state.term, r.final_value, r.ep_return, r.ep_length, *slot.arrays_of("final_obs")):
         a.fill(0)
@@ -239,28 +244,13 @@ def _begin(ctx: Context, slot: Slot) -> Any:
     return ctx.hx
 
 
-def _value(ctx: Context, row: Row, hx: Any) -> Tensor:
-    """v at `row`, ``[B]`` on the host, with the actor's random stream left as it was."""
-    started = perf_counter()
-    with undrawn(ctx.device):
-        value = ctx.value(*ctx.read(row), hx)
-    if tuple(value.shape) != (1, ctx.spec.n_columns):
-        raise ActorError(
-            "value() is misshapen", leaf="value()", expected=f"[1, {ctx.spec.n_columns}]", found=str(list(value.shape))
-        )
-    host = value[0].cpu()
-    ctx.times.actor += perf_counter() - started
-    return host
-
-
 def _end_episodes(ctx: Context, ends: Ends, t: int, nxt: Row, hx: Any) -> Any:
     """Write what the ends of episodes add to row t+1, begin the next ones, and return h_{t+1} after the resets."""
+    started = perf_counter()
     ended = ends.columns
     if False in ends.terminated:
-        truncated = [j for j, terminated in zip(ended, ends.terminated, strict=True) if not terminated]
         # row t+1 holds the true final observations until `begin` replaces them, and fin is still False
-        nxt.final_value[truncated] = _value(ctx, nxt, hx).numpy()[truncated]
-    started = perf_counter()
+        ctx.cut.keep(t + 1, ended, ends.terminated, nxt, hx)
     write = _write_ends if type(ended) is list and len(ended) < MANY else _write_many_ends
     write(ctx, ends, ctx.clock + t + 1, nxt)
     if nxt.final_obs:
@@ -290,8 +280,8 @@ def _write_many_ends(ctx: Context, ends: Ends, after: int, nxt: Row) -> None:
     ended = np.asarray(ends.columns)
     nxt.fin[ended] = True
     nxt.term[ended] = ends.terminated
-    nxt.ep_return[ended] = ctx.returns[ended]
-    nxt.ep_length[ended] = after - ctx.starts[ended]
+    nxt.ep_return[ended] = ctx.returns.take(ended)
+    nxt.ep_length[ended] = after - ctx.starts.take(ended)
     for j, info in zip(ended.tolist() if ends.infos else (), ends.infos, strict=True):
         if "episode" in info:
             ret, length = nxt.ep_return[j], nxt.ep_length[j]
@@ -363,8 +353,9 @@ def _finish(ctx: Context, slot: Slot, hx: Any) -> None:
         for j in frozen:
             ctx.starts[j] = ctx.clock + ctx.n_steps
         hx = _reset_state(ctx, frozen, hx)
+    ctx.cut.write(slot)
     last = slot.rows[-1]
-    slot.pt.bootstrap[0].copy_(_value(ctx, last, hx))
+    slot.pt.bootstrap[0].copy_(value_of(ctx, ctx.read(last), hx))
     for kept, a in zip(ctx.carry.carried, last.carried, strict=True):
         kept[:] = a
     if [h.shape for h in flatten(hx)[0]] != [h.shape for h in slot.tensors_of("hx")]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.collect import Context
-from zrl.collect.probe import own_state, untouched
+from zrl.collect.probe import own_state, same_values, untouched
 from zrl.collect.spaces import describe
 from zrl.collect.streams import undrawn
 from zrl.data.fragment import Inputs, Slot, map_leaves
@@ -46,7 +46,7 @@ class CheckedStep:
         self._check_dtypes(info, "info")
         _check_finite(info.get("value") if isinstance(info, dict) else None, "info['value']")
         for name, b in self._actor.named_buffers():
-            if not torch.equal(b, buffers[name]):
+            if not same_values(b, buffers[name]):
                 self.warn_once(
                     f"the actor changed its buffer {name!r} while collecting; that is lost at the next publish"
                 )

@@ -38,6 +38,12 @@ def first_actions(spaces: Any, act: Any) -> list[Any]:
     return [np.full(spec.shape, start, spec.dtype) for spec, start in zip(specs, starts, strict=True)]
 
 
+def check_actor(actor: Any) -> None:
+    """Raise an ActorError unless it is one."""
+    if not isinstance(actor, BaseActorModule):
+        raise ActorError("not an actor", expected="a zrl.BaseActorModule", found=type(actor).__name__)
+
+
 def probe_actor(actor: BaseActorModule, layout: EnvLayout, n_columns: int, device: torch.device) -> ActorLayout:
     """Run the actor on two rows and find what it returns, by leaf.
 
@@ -49,8 +55,7 @@ def probe_actor(actor: BaseActorModule, layout: EnvLayout, n_columns: int, devic
             action space, recurrent state without a column axis, a ``reset`` that does not bring the initial state back,
             or inputs that were written to.
     """
-    if not isinstance(actor, BaseActorModule):
-        raise ActorError("not an actor", expected="a zrl.BaseActorModule", found=type(actor).__name__)
+    check_actor(actor)
     first, second = _example_inputs(layout, n_columns, device)
     with undrawn(device), torch.inference_mode():
         with untouched(first, None):
@@ -122,7 +127,7 @@ def check_untouched(inputs: Any, kept: Any, names: Sequence[str] = ("obs", "act"
         if tree != old_tree:
             raise _touched(name, nesting_of(before), nesting_of(now))
         for path, x, y in zip(tree_paths(tree, name), leaves, old, strict=True):
-            if not _same(x, y):
+            if not same_values(x, y):
                 raise _touched(path, "the values it was given", "others")
 
 
@@ -142,7 +147,7 @@ def own_state(hx: Any) -> Any:
         return map_leaves(lambda h: h.clone() if isinstance(h, Tensor) else h, hx)
 
 
-def _same(x: Any, y: Any) -> bool:
+def same_values(x: Any, y: Any) -> bool:
     """Equal, with NaN equal to NaN."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return x is y
@@ -266,7 +271,7 @@ def _check_reset(initial: Any, again: Any) -> None:
     """All columns reset after the first step and after the second: the initial state both times."""
     leaves, tree = flatten(initial)
     for path, x, y in zip(tree_paths(tree, "hx"), leaves, flatten(again)[0], strict=True):
-        if not _same(x, y):
+        if not same_values(x, y):
             raise ActorError(
                 "reset() leaves something of an episode in the recurrent state; mind that hx[:, j] with a tensor j is "
                 "a copy",

@@ -1,7 +1,11 @@
 """Random streams: every worker's own torch, NumPy and random states, and the seeds of its environments.
 
-All derive from ``numpy.random.SeedSequence(entropy, spawn_key=(index, generation, stream))``: stream 0 is torch, 1
-NumPy's legacy global state, 2 the `random` module, ``3 + j`` the environment of column j.
+The states derive from ``numpy.random.SeedSequence(entropy, spawn_key=(index, generation, stream))``: stream 0 is torch,
+1 NumPy's legacy global state, 2 the `random` module, 3 the generator that an actor's ``setup`` is given.
+
+Seeds of environments have 31 bits, too few to draw them and hope that no two are the same. So every environment of a
+run has a *number* of its own, whichever worker makes it and how often that worker was replaced before; its seed is
+where a permutation of 0 to 2^31 - 1, which follows from the entropy, takes that number.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import numpy as np
 import torch
 
 SEED_BITS = 31  # what every environment takes: some pass their seed on as an int32
+N_SEEDS = 1 << SEED_BITS
+ROUNDS = 4  # of the permutation
 
 
 def _words(entropy: int, index: int, generation: int, stream: int, n: int) -> list[int]:
@@ -23,18 +29,53 @@ def _words(entropy: int, index: int, generation: int, stream: int, n: int) -> li
 
 
 def env_seeds(entropy: int, index: int, generation: int, n: int) -> list[int]:
-    """Seeds of the environments of one worker, no two the same, each below 2**31.
+    """Seeds of the environments of one worker, each below 2**31.
+
+    No two environments of a run have the same one, as long as ``block(index, generation) * n + n`` is at most 2**31.
+    That is the case for 65,536 workers with 127 environments each and a scratch one which are replaced 63 times, or
+    for 64 workers with 1,023 environments which are replaced 511 times. Beyond that they begin to repeat.
 
     Args:
         entropy: of the run.
         index, generation: which worker, and how often it was replaced.
-        n: number of columns. The first k of n seeds are those of k columns.
+        n: number of environments that a worker makes, the same for all workers of the run.
     """
-    seeds: list[int] = []
-    for j in range(n):
-        candidates = (w >> (64 - SEED_BITS) for w in _words(entropy, index, generation, 3 + j, 8))
-        seeds.append(next(s for s in candidates if s not in seeds))
-    return seeds
+    return _permuted(entropy, block(index, generation) * n, n)
+
+
+def evaluation_seeds(entropy: int, n: int) -> list[int]:
+    """Seeds for `n` environments that nobody trains with: of the last numbers, while workers begin with the first."""
+    return _permuted(entropy, -n, n)
+
+
+def block(index: int, generation: int) -> int:
+    """A number for each pair, no two the same: 0 for the first worker at first, and growing with both.
+
+    From the right: the generation in digits of three bits, each with a bit that says whether another one follows; then
+    the index. So generations cost little room where they are few, as they mostly are, and have no limit.
+    """
+    if generation < 8:
+        return index << 4 | generation << 1
+    return block(index, generation >> 3) << 4 | (generation & 7) << 1 | 1
+
+
+def _permuted(entropy: int, first: int, n: int) -> list[int]:
+    """Where the permutation takes the numbers `first` to ``first + n - 1``, modulo 2**31.
+
+    Every step of every round can be undone, which is why no two numbers end at the same place: to multiply with an odd
+    number, to add, and to change low bits by high ones.
+    """
+    keys = np.random.SeedSequence(entropy, spawn_key=(0,)).generate_state(2 * ROUNDS, np.uint64)
+    x = (np.arange(n, dtype=np.uint64) + np.uint64(first % N_SEEDS)) % N_SEEDS
+    for factor, summand in keys.reshape(ROUNDS, 2):
+        x = (x * (factor | np.uint64(1)) + summand) % N_SEEDS  # 2**64 is a multiple of 2**31: overflow does no harm
+        x ^= x >> np.uint64(16)
+    return [int(seed) for seed in x]
+
+
+def setup_generator(entropy: int, index: int, generation: int) -> torch.Generator:
+    """What an actor's ``setup`` may draw from."""
+    return torch.Generator().manual_seed(_words(entropy, index, generation, 3, 1)[0] >> 1)
 
 
 class RandomStreams:

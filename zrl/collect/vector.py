@@ -106,7 +106,7 @@ class VectorColumns:
         nxt.rew[:] = self.rewards
         if self._debug:
             check_finite(self.rewards)
-        ended = np.flatnonzero(done)
+        ended = done.nonzero()[0]
         final = info
         if ended.size and self._mode is AutoresetMode.SAME_STEP:
             final = self._final(obs, nxt, ended, info)
@@ -250,7 +250,7 @@ def _ends(ended: Array, terminated: Array, info: Mapping[str, Any]) -> Ends:
     """What the loop wants to know of each end: with the statistics of the episode, if a wrapper has counted them."""
     episode = info.get("episode")
     if not isinstance(episode, Mapping) or "r" not in episode or "l" not in episode:
-        return Ends(ended, terminated[ended], ())
+        return Ends(ended, terminated.take(ended), ())
     present = present_in(info, "episode", len(terminated))
     infos = [{"episode": {"r": episode["r"][j], "l": episode["l"][j]}} if present[j] else {} for j in ended.tolist()]
     return Ends(ended, terminated[ended], infos)

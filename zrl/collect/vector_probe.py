@@ -216,8 +216,9 @@ def reset_some(env: Any, columns: Array) -> tuple[Any, dict[str, Any]]:
     """``env.reset`` of some columns alone: ``(obs, info)`` of all, or of those alone."""
     if env.num_envs == 1:
         return env.reset()  # type: ignore[no-any-return]
-    if is_pool(env):
-        return env.reset(columns.astype(np.int32))  # type: ignore[no-any-return]
+    if is_pool(env):  # as its reset(ids) does, which makes a dict of its configuration twice besides
+        env._reset(columns.astype(np.int32))
+        return env.recv(reset=True, return_info=True)  # type: ignore[no-any-return]
     mask = np.zeros(env.num_envs, bool)
     mask[columns] = True
     options = {"reset_mask": mask} if env is env.unwrapped else _MaskForAll(reset_mask=mask)

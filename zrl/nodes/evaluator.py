@@ -26,7 +26,7 @@ import torch
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.evaluate import Stage, play
 from zrl.collect.spaces import Factory, make_env
-from zrl.collect.streams import RandomStreams, env_seeds
+from zrl.collect.streams import RandomStreams, evaluation_seeds
 from zrl.data.board import Board
 from zrl.data.memory import MemoryAddress
 from zrl.data.weights import WeightsPacker
@@ -122,7 +122,7 @@ def main(recipe: EvaluatorRecipe, job: EvaluatorJob) -> None:
 
 def _build(recipe: EvaluatorRecipe, actor: BaseActorModule, opened: contextlib.ExitStack) -> tuple[Stage, list[int]]:
     """The environments, on a stage, and their seeds; `opened` closes them."""
-    seeds = env_seeds(recipe.seed, INDEX, 0, len(recipe.quotas))
+    seeds = evaluation_seeds(recipe.seed, len(recipe.quotas))
     with _streams(recipe).active():
         envs = []
         for j, seed in enumerate(seeds):

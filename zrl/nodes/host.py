@@ -136,6 +136,8 @@ class Host:
         self._restarts = self._new_budget()
         self._waiting: dict[int, asyncio.TimerHandle] = {}  # restarts that are due, by index
         self._run: RunInfo | None = None
+        self._run_id = m.NO_ID  # of the last run
+        self._generations: dict[int, int] = {}  # newest of each index in that run
         self._stopping = False
         self._last_tick = time.monotonic()
         self._empty = asyncio.Event()
@@ -171,8 +173,11 @@ class Host:
         self._stopping = False
         self._proven.clear()
         self._restarts = self._new_budget()
+        if run.run_id != self._run_id:
+            self._run_id = run.run_id
+            self._generations.clear()
         for index in range(run.index_base, run.index_base + self.count):
-            self._launch(index, 0)
+            self._launch(index, self._generations.get(index, -1) + 1)  # a run that goes on has had the seeds of others
 
     def revoke(self, incarnation: bytes, reason: str) -> None:
         """The learner has no use for this worker any more: another takes its place."""
@@ -261,6 +266,7 @@ class Host:
             return
         kid = Kid(index, generation, incarnation, page, child, time.monotonic())
         self.kids[incarnation] = self._by_serial[child.serial] = kid
+        self._generations[index] = generation
         self._empty.clear()
         self.n_started += 1
 
