@@ -54,7 +54,18 @@ PUBLIC = {
         "unroll",
         "vtrace",
     ],
-    "zrl.zoo": ["CNNActor", "ChainMDP", "GRUActor", "MLPActor", "NarrowPath", "default_actor"],
+    "zrl.zoo": [
+        "AtariFrames",
+        "CNNActor",
+        "ChainMDP",
+        "GRUActor",
+        "MLPActor",
+        "MissionWords",
+        "NarrowPath",
+        "default_actor",
+        "make_atari",
+        "make_minigrid",
+    ],
 }
 
 

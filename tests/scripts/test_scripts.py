@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,13 @@ KEYS = {
 }
 TOOLS = {"make_states.py"}  # tests/docs/test_states.py
 EXAMPLE = "example_seed_a2c.py"
+#: What needs packages of extras: these, and short words.
+REAL = {
+    "bench_atari.py": (("ale_py", "cv2"), ["--steps", "20", "--rounds", "1"]),
+    "example_atari.py": (("ale_py", "cv2"), ["--steps", "8", "--n-steps", "2", "--hidden", "8", "--workers", "1"]),
+    "example_minigrid.py": (("minigrid",), ["--steps", "32", "--n-steps", "4", "--start-method", "inline"]),
+    "example_mujoco.py": (("mujoco",), ["--steps", "16", "--n-steps", "4", "--start-method", "inline"]),
+}
 
 
 def run(name: str, words: list[str]) -> str:
@@ -61,7 +69,7 @@ def run(name: str, words: list[str]) -> str:
 
 
 def test_all_scripts_are_known() -> None:
-    assert {p.name for p in SCRIPTS.glob("*.py")} == {*KEYS, *TOOLS, EXAMPLE}
+    assert {p.name for p in SCRIPTS.glob("*.py")} == {*KEYS, *TOOLS, EXAMPLE, *REAL}
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -88,3 +96,22 @@ def test_the_example_learns() -> None:
 
 def test_the_recurrent_example_runs() -> None:
     assert len(greedy_returns(["--epochs", "1", "--lstm"])) == 1
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_scripts_for_real_environments_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, to save the imports. The example for Atari has a worker, which must know of the games."""
+    packages, words = REAL[name]
+    for package in packages:
+        pytest.importorskip(package, reason=f"{package} is not installed: it comes with an extra")
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    out = capsys.readouterr().out
+    if name.startswith("bench"):
+        figures = json.loads(out.splitlines()[-1])
+        assert figures["atari_wrapper_speedup"] > 0
+        assert set(figures) >= {"atari_share_emulator", "atari_us", "gymnasium_us", "emulator_us"}
+    else:
+        assert re.search(r"[1-9]\d* steps.*mean return", out)

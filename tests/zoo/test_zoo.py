@@ -378,3 +378,120 @@ def test_the_chain_is_cut_and_not_over() -> None:
         batch = next(batches)
     assert not any(e.truncated for e in batch.episodes)
     assert not batch.final_value.any()
+
+
+# -- known optimal values --------------------------------------------------------------------------------------------
+
+# By state, then action: every (probability, reward, next state); a next state of −1 is the end. Written down from what
+# the docstrings say, not from the code.
+Dynamics = list[list[list[tuple[float, float, int]]]]
+
+
+def chain_dynamics(length: int = 5, near: float = 2.0, far: float = 10.0, slip: float = 0.2) -> Dynamics:
+    def outcomes(cell: int, p_on: float) -> list[tuple[float, float, int]]:
+        on = (far, cell) if cell == length - 1 else (0.0, cell + 1)
+        return [(p_on, *on), (1 - p_on, near, 0)]
+
+    return [[outcomes(cell, 1 - slip), outcomes(cell, slip)] for cell in range(length)]
+
+
+def path_dynamics(path: list[int], n_actions: int) -> Dynamics:
+    n = len(path)
+    right = [(1.0, 0.0, cell + 1) if cell + 1 < n else (1.0, 1.0, -1) for cell in range(n)]
+    return [
+        [[right[cell] if action == path[cell] else (1.0, 0.0, -1)] for action in range(n_actions)] for cell in range(n)
+    ]
+
+
+def action_values(dynamics: Dynamics, values: list[float], gamma: float) -> list[list[float]]:
+    after = [*values, 0.0]  # index −1: the end
+    return [[sum(p * (r + gamma * after[to]) for p, r, to in a) for a in actions] for actions in dynamics]
+
+
+def optimal(dynamics: Dynamics, gamma: float, policy: list[int] | None = None) -> tuple[list[float], list[int]]:
+    """Values and best actions by value iteration, until nothing moves by 1e-10; of one policy, if it is given."""
+    values = [0.0] * len(dynamics)
+    while True:
+        q = action_values(dynamics, values, gamma)
+        new = [max(x) for x in q] if policy is None else [x[a] for x, a in zip(q, policy, strict=True)]
+        if max(abs(a - b) for a, b in zip(new, values, strict=True)) < 1e-10:
+            return new, [max(range(len(x)), key=x.__getitem__) for x in q]
+        values = new
+
+
+def chain_value(gamma: float) -> float:
+    """V(0) of walking on for ever, from what happens until the first slip: with p = 0.8, k steps pass without one, and
+    earn 10 each from the fifth on; the slip earns 2 and leads back to 0."""
+    p = 0.8
+    far = 10 * p**5 * gamma**4 / (1 - p * gamma)  # steps 5, 6, … without a slip so far
+    slip = (1 - p) / (1 - p * gamma)  # discounted probability of the first slip
+    return (far + 2 * slip) / (1 - gamma * slip)
+
+
+def test_the_chains_optimal_values() -> None:
+    """Walking on is best at γ = 0.99, going back where the future counts for little."""
+    values, best = optimal(chain_dynamics(), 0.99)
+    assert best == [0] * 5
+    assert values[0] == pytest.approx(chain_value(0.99), abs=1e-6)
+    assert values == sorted(values)
+    assert optimal(chain_dynamics(), 0.5)[1] == [1, 1, 1, 0, 0]
+    # on average 10 a step in the last cell, where it is after four steps without a slip, and 2 a slip
+    average = 0.8**4 * 0.8 * 10 + 0.2 * 2
+    assert average == pytest.approx(3.6768)
+    assert (1 - 0.9999) * chain_value(0.9999) == pytest.approx(average, rel=1e-3)
+
+
+@pytest.mark.parametrize("action", [0, 1])
+def test_the_chain_earns_what_it_should(action: int) -> None:
+    """Simulated: the average reward of always one action, and discounted returns from the first cell."""
+    gamma, rows, n = 0.9, 100, 300
+    env = ChainMDP()
+    env.reset(seed=3)
+    returns, rewards = [], []
+    for _ in range(n):
+        env.reset()
+        episode = [float(env.step(action)[1]) for _ in range(rows)]
+        returns.append(sum(gamma**t * r for t, r in enumerate(episode)))
+        rewards.append(np.mean(episode[20:]))  # it has forgotten by then where it began
+    value = optimal(chain_dynamics(), gamma, [action] * 5)[0][0]
+    if action == 0:
+        assert value == pytest.approx(chain_value(gamma), abs=1e-6)
+    assert_mean(returns, value)
+    # cell 4 needs four steps on; a step on happens with probability p
+    p = 0.2 if action else 0.8
+    assert_mean(rewards, 10 * p**5 + 2 * (1 - p))
+
+
+def assert_mean(sample: Any, expected: float) -> None:
+    """The mean of a sample is within three standard errors, and these are small enough to tell."""
+    error = float(np.std(sample) / np.sqrt(len(sample)))
+    assert error < 0.05 * expected
+    assert abs(float(np.mean(sample)) - expected) < 3 * error
+
+
+@pytest.mark.parametrize(("length", "n_actions"), [(8, 2), (3, 4)])
+def test_the_paths_optimal_values(length: int, n_actions: int) -> None:
+    """γ^(cells to go − 1): one reward, at the end. At random: each cell is passed with probability 1/n."""
+    env = NarrowPath(length, n_actions, layout_seed=2)
+    path = [int(a) for a in env.path]
+    values, best = optimal(path_dynamics(path, n_actions), 0.9)
+    assert values == pytest.approx([0.9 ** (length - 1 - cell) for cell in range(length)])
+    assert best == path
+    # and the best policy gets them
+    obs, _ = env.reset(seed=0)
+    ret = sum(0.9**t * float(env.step(a)[1]) for t, a in enumerate(best))
+    assert obs == 0
+    assert ret == pytest.approx(values[0])
+
+
+def test_the_path_at_random() -> None:
+    env = NarrowPath(3, 2)
+    rng = np.random.default_rng(0)
+    returns = []
+    for _ in range(4000):
+        env.reset()
+        ret, ended = 0.0, False
+        while not ended:
+            _, ret, ended, _, _ = env.step(rng.integers(2))
+        returns.append(ret)
+    assert_mean(returns, 1 / 8)

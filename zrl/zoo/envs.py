@@ -48,7 +48,8 @@ class ChainMDP(gym.Env[Any, Any]):
 
     Cells 0 to ``length - 1``. Action 0 walks on, and earns `far` in the last cell; action 1 earns `near` and goes back
     to cell 0. With probability `slip` the other action happens. It never terminates: a time limit truncates it, so the
-    value at the limit is not 0. The observation is the cell's number.
+    value at the limit is not 0. The observation is the cell's number. With the default numbers walking on is best, and
+    earns 3.6768 a step on average.
     """
 
     def __init__(self, length: int = 5, near: float = 2.0, far: float = 10.0, slip: float = 0.2) -> None:
