@@ -43,7 +43,7 @@ train: $(STAMP) ## solve CartPole-v1 with PPO; fails where the goal is not reach
 
 .PHONY: test
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: faults
 faults: $(STAMP) ## kill, stop and hang workers and learners, the long way (make test has the short one)
