@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.rollout.test_same import same_numbers
 from tests.toys import CountingActor, CountingEnv, DrawingEnv, RandomActor
-from zrl import Batch, ClosedError, ConfigError, WorkerError
+from zrl import Batch, ClosedError, ConfigError, StaleBatchError, WorkerError
 from zrl.rollout import multi, same, single
 from zrl.rollout.inline import InlineRollout
 from zrl.rollout.local import dealt
@@ -149,14 +149,44 @@ def test_fragments_of_a_worker_follow_one_another(start_method: Any) -> None:
     assert len(seen) == expected
 
 
-def test_debug_poisons_a_batch_past_its_time() -> None:
-    with multi.rollout(counting, CountingActor(), T, 1, B, 2, 1, debug=True) as it:
+@pytest.mark.parametrize("start_method", ["fork", "inline"])
+def test_debug_finds_who_uses_a_batch_past_its_time(start_method: Any) -> None:
+    with multi.rollout(counting, CountingActor(), T, 1, B, 2, 1, debug=True, start_method=start_method) as it:
         first = next(it)
-        kept = first.clone()
+        kept, obs = first.clone(), first.state.obs
         next(it)
-        assert torch.equal(first.state.obs, kept.state.obs)
+        assert same_numbers(first, kept)
         next(it)
-        assert torch.isnan(first.state.obs).all()
+        assert torch.isnan(obs).all()
+        with pytest.raises(StaleBatchError, match=r"batch.state: this batch was valid until"):
+            first.state.obs.sum()
+        assert torch.isfinite(kept.state.obs).all()
+
+
+class Forgetful(RandomActor):
+    """Counts its calls in an integer buffer, where the count is lost."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+def test_a_warning_of_a_worker_reaches_the_log_of_the_learner_once(caplog: pytest.LogCaptureFixture) -> None:
+    with multi.rollout(counting, Forgetful(), T, 2, B, 4, 2, max_lag=0, debug=True) as it:
+        for _ in range(3):
+            next(it)
+        until(lambda: "warns" in caplog.text)
+    (message,) = (record.getMessage() for record in caplog.records if "warns" in record.getMessage())
+    assert message.endswith(
+        "warns: UserWarning: the actor changed its buffer 'calls' while collecting; that is lost at the next publish"
+    )
+    assert message.startswith("worker ")
 
 
 @pytest.mark.parametrize("worker_mode", ["train", "eval"])
