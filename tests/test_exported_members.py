@@ -26,6 +26,7 @@ PUBLIC = {
         "ProtocolError",
         "RecordError",
         "SharedMemoryError",
+        "StaleBatchError",
         "StarvationError",
         "State",
         "WeightsError",

@@ -14,6 +14,7 @@
     ├── StarvationError      too few slots are alive to form a batch, for too long
     ├── ProcessError         the process that starts workers cannot be started, or has ended
     ├── ClosedError          the collector was closed before this call
+    ├── StaleBatchError      a batch was used past its time, which `debug=True` notices
     └── PreflightError       environment, actor or machine were refused before the first step of a training
 
 A message names the field, what was expected and what came, and the next step where there is one.
@@ -129,6 +130,10 @@ class ProcessError(ZrlError):
 
 class ClosedError(ZrlError):
     """The collector was closed before this call."""
+
+
+class StaleBatchError(ZrlError):
+    """A batch was used past its time. Only ``debug=True`` notices; else its numbers are those of another batch."""
 
 
 class PreflightError(ZrlError):

@@ -106,6 +106,7 @@ def test_the_mode_of_the_actor_is_left_as_it_is() -> None:
 def test_render_is_called_while_an_episode_runs() -> None:
     class Shown(CountingEnv):
         shown = 0
+        render_mode = "human"
 
         def render(self) -> Any:
             self.shown += 1
@@ -116,6 +117,31 @@ def test_render_is_called_while_an_episode_runs() -> None:
     envs = [Shown({2: "term"})]
     evaluate(envs, CountingActor())
     assert envs[0].shown == 0
+
+
+def test_nothing_to_render_is_said_before_the_first_reset() -> None:
+    class Blind:
+        """Quacks like an environment."""
+
+        def __init__(self) -> None:
+            self._env = CountingEnv({2: "term"})
+            self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
+            self.reset, self.step, self.close = self._env.reset, self._env.step, self._env.close
+
+    class Quiet(Blind):
+        n_rendered = 0
+
+        def render(self) -> None:
+            self.n_rendered += 1
+
+    plain, wrapped = CountingEnv({2: "term"}), gym.wrappers.TimeLimit(CountingEnv({2: "term"}), 5)
+    for env, name in ((plain, "CountingEnv was made without"), (wrapped, "TimeLimit was"), (Blind(), "Blind has no")):
+        with pytest.raises(ConfigError, match=rf'environment 1: {name} .*gym\.make\(\.\.\., render_mode="human"\)'):
+            evaluate([Quiet(), env], CountingActor(), render=True)
+    assert plain.seeds == []
+    quiet = Quiet()
+    evaluate([quiet], CountingActor(), render=True)
+    assert quiet.n_rendered == 2
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])

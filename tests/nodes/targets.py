@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def end_at_once(_: object, code: int) -> None:
 
 def fail(_: object, text: str) -> None:
     raise ValueError(text)
+
+
+def warn_and_fail(_: object) -> None:
+    warnings.warn("mind\nthis: é", stacklevel=1)
+    warnings.warn("x" * 5000, stacklevel=1)
+    raise ValueError("the reason")
 
 
 def fail_with_cause(_: object) -> None:

@@ -18,7 +18,7 @@ import pytest
 from zrl.errors import ConfigError, ProcessError
 from zrl.nodes.children import MOST_ASKED, Child, Event, Lost, Spawner, Zygote
 from zrl.nodes.logs import Logs
-from zrl.nodes.pipe import CONNECTION_ENDED, MAX_TRACEBACK, Ended, Started
+from zrl.nodes.pipe import CONNECTION_ENDED, MAX_TRACEBACK, Ended, Started, Warned
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -147,6 +147,18 @@ def test_an_exception_comes_with_traceback_and_name(either: Zygote) -> None:
     assert result.traceback.endswith("ValueError: the reason\n")
     assert "targets.py" in result.traceback
     assert "ValueError: the reason" in child.log.read_text()
+
+
+def test_warnings_come_while_it_goes_on_and_stand_in_the_log(either: Zygote) -> None:
+    child = either.fork("worker-0", ("warn_and_fail",))
+    _, one, other, end = (either.wait_event(PATIENCE) for _ in range(4))
+    assert one == Warned(child.serial, "UserWarning: mind this: é")
+    assert isinstance(other, Warned)
+    assert other.text.startswith("UserWarning: xxx")
+    assert 2000 < len(other.text) < 2100
+    assert isinstance(end, Ended)
+    assert end.traceback.startswith(f"worker-0 (pid {child.pid}):\nTraceback")
+    assert "UserWarning: mind\nthis: é" in child.log.read_text()
 
 
 def test_the_cause_travels_too(zygote: Zygote) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from tests.rollout.test_same import same_numbers
 from tests.toys import CountingActor, CountingEnv, DrawingEnv, RandomActor
-from zrl import Batch, ClosedError, ConfigError, WorkerError
+from zrl import Batch, ClosedError, ConfigError, StaleBatchError, WorkerError
 from zrl.rollout import multi, same, single
 from zrl.rollout.inline import InlineRollout
 from zrl.rollout.local import dealt
@@ -149,14 +151,44 @@ def test_fragments_of_a_worker_follow_one_another(start_method: Any) -> None:
     assert len(seen) == expected
 
 
-def test_debug_poisons_a_batch_past_its_time() -> None:
-    with multi.rollout(counting, CountingActor(), T, 1, B, 2, 1, debug=True) as it:
+@pytest.mark.parametrize("start_method", ["fork", "inline"])
+def test_debug_finds_who_uses_a_batch_past_its_time(start_method: Any) -> None:
+    with multi.rollout(counting, CountingActor(), T, 1, B, 2, 1, debug=True, start_method=start_method) as it:
         first = next(it)
-        kept = first.clone()
+        kept, obs = first.clone(), first.state.obs
         next(it)
-        assert torch.equal(first.state.obs, kept.state.obs)
+        assert same_numbers(first, kept)
         next(it)
-        assert torch.isnan(first.state.obs).all()
+        assert torch.isnan(obs).all()
+        with pytest.raises(StaleBatchError, match=r"batch.state: this batch was valid until"):
+            first.state.obs.sum()
+        assert torch.isfinite(kept.state.obs).all()
+
+
+class Forgetful(RandomActor):
+    """Counts its calls in an integer buffer, where the count is lost."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+def test_a_warning_of_a_worker_reaches_the_log_of_the_learner_once(caplog: pytest.LogCaptureFixture) -> None:
+    with multi.rollout(counting, Forgetful(), T, 2, B, 4, 2, max_lag=0, debug=True) as it:
+        for _ in range(3):
+            next(it)
+        until(lambda: "warns" in caplog.text)
+    (message,) = (record.getMessage() for record in caplog.records if "warns" in record.getMessage())
+    assert message.endswith(
+        "warns: UserWarning: the actor changed its buffer 'calls' while collecting; that is lost at the next publish"
+    )
+    assert message.startswith("worker ")
 
 
 @pytest.mark.parametrize("worker_mode", ["train", "eval"])
@@ -187,6 +219,72 @@ def test_wrapped_learners_are_published_without_their_wrappers() -> None:
         next(it)
         actor.weight.data.fill_(5.0)
         assert next(it).actor["value"].unique().tolist() == [5.0]
+
+
+class Buffered(RandomActor):
+    """Says what stands in its buffers; whole numbers, flags and scalars among them."""
+
+    count: Tensor
+    flags: Tensor
+    small: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(2**40))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.register_buffer("small", torch.tensor([3], dtype=torch.uint8))
+        self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+
+    def forward(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, *, hx: Any = None) -> Any:
+        actions, hx, info = super().forward(obs, act, rew, fin)
+        buffers = {name: b.expand(*fin.shape, *b.shape).clone() for name, b in self.named_buffers()}
+        return actions, hx, info | buffers
+
+
+def test_buffers_of_every_kind_travel_to_the_workers() -> None:
+    actor = Buffered()
+    with single.rollout(counting, actor, T, B, max_lag=0) as it:
+        for _ in range(3):
+            batch = next(it)
+            for name, b in actor.named_buffers():
+                assert torch.equal(batch.actor[name], b.expand(T, B, *b.shape)), name
+                assert batch.actor[name].dtype == b.dtype
+            actor.count += 1
+            actor.flags.logical_not_()
+            actor.small.mul_(2)
+            actor.scale.neg_()
+
+
+class Noting(CountingEnv):
+    """Notes in a folder that it was closed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def close(self) -> None:
+        (self.folder / uuid.uuid4().hex).touch()
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("how", ["single", "multi", "inline"])
+def test_environments_may_be_left_open(how: Any, close: bool, tmp_path: Path) -> None:
+    """But for the scratch one of each worker, which is ours."""
+
+    def noting() -> Noting:
+        return Noting(tmp_path)
+
+    n = 1 if how == "single" else 2
+    start: Any = {"pinned": True, "start_method": "inline" if how == "inline" else "fork", "max_lag": 0}
+    if how == "single":
+        it: Rollout = single.rollout(noting, CountingActor(), T, B, close=close)
+    else:
+        it = multi.rollout(noting, CountingActor(), T, n, B, 4, 2, close=close, **start)
+    with it:
+        next(it)
+        assert len(list(tmp_path.iterdir())) == n
+    assert len(list(tmp_path.iterdir())) == n * (1 + B if close else 1)
 
 
 def test_info_keys_and_final_observations_travel() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.toys import CountingActor, CountingEnv, DrawingEnv, RandomActor, SpoiltEnv, simulate
-from zrl import ActorError, Batch, ClosedError, ConfigError, EnvError, FragmentMeta, WeightsError
+from zrl import ActorError, Batch, ClosedError, ConfigError, EnvError, FragmentMeta, StaleBatchError, WeightsError
 from zrl.data.fragment import map_leaves
 from zrl.data.spec import flatten
 from zrl.rollout import same
@@ -206,17 +206,25 @@ def test_a_batch_is_valid_until_the_next_but_one(debug: bool) -> None:
             batch = next(batches)
             held.append((batch, batch.clone()))
             assert all(same_numbers(batch, kept) for batch, kept in held[-2:])
-        assert not any(same_numbers(batch, kept) for batch, kept in held[:-2])
+        for batch, kept in held[:-2]:
+            if not debug:
+                assert not same_numbers(batch, kept)
+                continue
+            with pytest.raises(StaleBatchError):
+                same_numbers(batch, kept)
     assert same_numbers(*held[-1])  # close() takes nothing away
 
 
 def test_debug_poisons_batches_past_their_time() -> None:
     with counting(debug=True, keep_final_obs=True, info_keys={"n": int}) as batches:
         late, kept = (batch := next(batches)), batch.clone()
+        taken, mine = leaves(late), torch.ones(T, B)
+        late.extra["mine"] = late.actor["mine"] = mine
+        assert late.n_env_steps == T * B
         next(batches)
-        assert same_numbers(late, kept)
         next(batches)
-        for x in leaves(late).values():
+        assert mine.eq(1).all()  # what the user put there is no part of the record
+        for x in taken.values():
             if x.is_floating_point():
                 assert x.isnan().all()
             elif x.dtype == torch.bool:
@@ -225,6 +233,34 @@ def test_debug_poisons_batches_past_their_time() -> None:
                 assert x.eq(torch.iinfo(x.dtype).min).all()
         for x in leaves(kept).values():
             assert not x.is_floating_point() or x.isfinite().all()
+
+
+def test_debug_refuses_batches_past_their_time() -> None:
+    with counting(debug=True) as batches:
+        late, kept = (batch := next(batches)), batch.clone()
+        assert late.n_env_steps == T * B
+        next(batches)
+        assert same_numbers(late, kept)
+        next(batches)
+        uses: dict[str, Callable[[], Any]] = {
+            "state": lambda: late.state,
+            "actor": lambda: late.actor["value"],
+            "hx": lambda: late.hx,
+            "bootstrap": lambda: late.bootstrap,
+            "mask": lambda: late.mask,
+            "final_value": lambda: late.final_value,
+        }
+        for name, use in uses.items():
+            with pytest.raises(StaleBatchError, match=rf"batch\.{name}: this batch was valid .* clone\(\)"):
+                use()
+        for method in (late.clone, lambda: late.episodes, lambda: next(late.minibatches(1))):
+            with pytest.raises(StaleBatchError):
+                method()
+        # what says where it came from, and numbers that were worked out in time
+        assert (late.meta, late.version, late.lag, late.n_env_steps) == ((FragmentMeta(1, 0, 1),), 1, (0,), T * B)
+        assert "past its time" in repr(late)
+        assert isinstance(late, Batch)
+        assert kept.clone().n_env_steps == T * B
 
 
 def test_a_user_may_write_into_a_batch() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,17 +41,11 @@ class CheckedStep:
             ActorError: naming the leaf.
         """
         inputs, hx = (obs, act, rew, fin), own_state(hx)
-        buffers = {name: b.clone() for name, b in self._actor.named_buffers()}
-        with untouched(inputs, hx):
+        with untouched(inputs, hx), self._watching_buffers():
             actions, new_hx, info = self._actor.step(*inputs, hx)
         self._check_dtypes(actions, "state.act")
         self._check_dtypes(info, "info")
         _check_finite(info.get("value") if isinstance(info, dict) else None, "info['value']")
-        for name, b in self._actor.named_buffers():
-            if not same_values(b, buffers[name]):
-                self.warn_once(
-                    f"the actor changed its buffer {name!r} while collecting; that is lost at the next publish"
-                )
         return actions, new_hx, info
 
     def value(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> Tensor:
@@ -59,10 +55,21 @@ class CheckedStep:
             ActorError: it wrote into its inputs, or is not finite.
         """
         inputs, hx = (obs, act, rew, fin), own_state(hx)
-        with untouched(inputs, hx):
+        with untouched(inputs, hx), self._watching_buffers():
             value = self._actor.value(*inputs, hx)
         _check_finite(value, "value()")
         return value
+
+    @contextlib.contextmanager
+    def _watching_buffers(self) -> Iterator[None]:
+        """Of whatever dtype: those of the learner will take their place."""
+        buffers = {name: b.clone() for name, b in self._actor.named_buffers()}
+        yield
+        for name, b in self._actor.named_buffers():
+            if not same_values(b, buffers[name]):
+                self.warn_once(
+                    f"the actor changed its buffer {name!r} while collecting; that is lost at the next publish"
+                )
 
     def warn_once(self, text: str) -> None:
         """Warn, but never twice of the same."""

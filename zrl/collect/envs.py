@@ -113,7 +113,7 @@ class PlainColumns:
         self._seeds = list(seeds)
         self._times = times
         self._debug = debug
-        self._write_obs = ObsWriter(layout.obs, self.n, debug=debug)
+        self._write_obs = ObsWriter(layout.obs, self.n, debug=debug, space=layout.observation_space)
         self._read_actions = ActionReader(layout.act)
         self._infos = info_writers(layout.env or {}, self.n, debug=debug)
 

@@ -37,7 +37,7 @@ def evaluate(
         envs: environments, each a column of its own.
         actor: on `device` already.
         n_steps: greatest number of steps, without bound if None.
-        render: call ``render()`` of every running environment after each step.
+        render: call ``render()`` of every running environment after each step; they need a render mode.
         device: of the actor; the CPU, if None.
         seed: of the first environment's reset, the next one for each further; unseeded, if None.
 
@@ -46,7 +46,8 @@ def evaluate(
         ``sum(...)`` are the undiscounted returns.
 
     Raises:
-        ConfigError: no environments, one of them twice, or `n_steps` is no integer of at least 1.
+        ConfigError: no environments, one of them twice, `n_steps` is no integer of at least 1, or there is nothing to
+            render.
         EnvError, ActorError: as in a rollout.
     """
     if not isinstance(envs, (list, tuple)) or not envs:
@@ -56,6 +57,8 @@ def evaluate(
     module = unwrap(actor)
     if not isinstance(module, BaseActorModule):
         raise ActorError("not an actor", expected="a zrl.BaseActorModule", found=type(module).__name__)
+    if render:
+        _check_render(envs)
     stage = Stage(envs, module, torch.device(device or "cpu"), seed=seed)
     stage.begin([] if seed is None else [seed + j for j in range(len(envs))])
     rewards: list[Array] = []
@@ -69,6 +72,21 @@ def evaluate(
                     envs[j].render()
             live = [j for j in live if j not in ended]
     return rewards
+
+
+def _check_render(envs: Sequence[Any]) -> None:
+    """Gymnasium's environments draw nothing without a render mode, which they get as they are made. One that has
+    ``render()`` and says nothing of modes may draw all the same."""
+    for j, env in enumerate(envs):
+        if not callable(getattr(env, "render", None)):
+            found = f"{type(env).__name__} has no render()"
+        elif getattr(env, "render_mode", "unknown") is None:
+            found = f"{type(env).__name__} was made without a render mode"
+        else:
+            continue
+        raise ConfigError(
+            f'evaluate: render: environment {j}: {found}; make it with one, as in gym.make(..., render_mode="human")'
+        )
 
 
 class Played(NamedTuple):

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import optree
 
+from zrl.collect.bounds import check_bounds
 from zrl.data.fragment import Array, Row
 from zrl.data.spec import ArraySpec, flatten, tree_paths
 from zrl.errors import ActorError, EnvError
@@ -144,16 +145,27 @@ def cast_problem(x: Any, a: Array, dtype: np.dtype[Any], *, declared: bool = Fal
 
 
 class ObsWriter:
-    """Writes whole observations, nested as the environment nests them."""
+    """Writes whole observations, nested as the environment nests them.
 
-    def __init__(self, specs: Any, n: int, *, debug: bool) -> None:
+    Args:
+        specs: tree of `ArraySpec`.
+        n: number of columns.
+        debug: see `LeafWriter`; and check every observation against `space`, where there is one.
+    """
+
+    def __init__(self, specs: Any, n: int, *, debug: bool, space: gym.Space[Any] | None = None) -> None:
         leaves, self._tree = flatten(specs)
         paths = tree_paths(self._tree, "state.obs")
         self.leaves = [LeafWriter(s, p, n, debug=debug) for s, p in zip(leaves, paths, strict=True)]
         self._flat = self._tree.is_leaf()
+        self._space = space if debug else None
 
     def write(self, observations: Sequence[Any], row: Row) -> None:
         """All columns into `row`."""
+        if self._space is not None:
+            for j, obs in enumerate(observations):
+                self.write_one(j, obs, row.obs)
+            return
         if self._flat:
             self.leaves[0].write(observations, row.obs[0], row.obs_flat[0])
             return
@@ -168,11 +180,11 @@ class ObsWriter:
 
     def write_one(self, j: int, obs: Any, arrays: Sequence[Array], phase: str = "step") -> None:
         """Column `j` of one array ``[B, ...]`` per leaf."""
-        if self._flat:
-            self.leaves[0].write_one(j, obs, arrays[0], phase)
-            return
-        for leaf, x, a in zip(self.leaves, self.split(j, obs, phase), arrays, strict=True):
+        values = [obs] if self._flat else self.split(j, obs, phase)
+        for leaf, x, a in zip(self.leaves, values, arrays, strict=True):
             leaf.write_one(j, x, a, phase)
+        if self._space is not None:
+            check_bounds(self._space, obs, j, phase)
 
     def split(self, j: int, obs: Any, phase: str = "step") -> list[Any]:
         """The leaves of one observation.

@@ -6,13 +6,13 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from zrl.data.fragment import Record, State, map_leaves
 from zrl.data.spec import flatten
-from zrl.errors import ConfigError
+from zrl.errors import ConfigError, StaleBatchError
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
@@ -97,6 +97,10 @@ class Batch(Record):
             return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).min or torch.iinfo(x.dtype).max)
 
         self._map(fill)
+
+    def expire(self) -> None:
+        """From now on every access to the record is a `StaleBatchError`; clones stay as they are."""
+        self.__class__ = ExpiredBatch
 
     def _map(self, fn: Cut) -> Batch:
         return self._cut(fn, fn, fn, fn)
@@ -183,3 +187,21 @@ class Batch(Record):
                 lambda _, t=t, j=j: values[t, j].unsqueeze(0),  # type: ignore[misc]
             )
             yield new
+
+
+class ExpiredBatch(Batch):
+    """A batch that was valid once. Where it came from (``meta``, ``version``, ``lag``) can still be asked for."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _OF_RECORD:
+            raise StaleBatchError(
+                f"batch.{name}: this batch was valid until the next-but-one next(); to keep one longer, clone() it "
+                "while it is valid"
+            )
+        return super().__getattribute__(name)
+
+    def __repr__(self) -> str:
+        return f"<a batch of version {self.version}, past its time>"
+
+
+_OF_RECORD = frozenset(field.name for field in dataclasses.fields(Record))

@@ -2,10 +2,10 @@
 
     fork:   settle ─► work                  spawn:   settle ─► exec of a fresh interpreter ─► resume ─► work
 
-`settle` leaves the child with its log as output, one pipe for a traceback, and no descriptor of anybody else's. It dies
-with its zygote, which dies with the host. Ctrl-C in the terminal is the learner's business: SIGINT is ignored, and the
-child leads a process group of its own, so that its own children (an AsyncVectorEnv's) can be ended with it.
-SIGTERM ends it, SIGUSR1 writes all stacks into its log.
+`settle` leaves the child with its log as output, one pipe for warnings and a traceback, and no descriptor of anybody
+else's. It dies with its zygote, which dies with the host. Ctrl-C in the terminal is the learner's business: SIGINT is
+ignored, and the child leads a process group of its own, so that its own children (an AsyncVectorEnv's) can be ended
+with it. SIGTERM ends it, SIGUSR1 writes all stacks into its log.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import sys
 import threading
 import traceback
 import types
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from zrl.nodes.pipe import MAX_TRACEBACK, Surroundings, store, stored
+from zrl.nodes.pipe import MAX_TRACEBACK, MAX_WARNING, WARNING, Surroundings, store, stored
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # before the fork: loading it afterwards is time in every child
@@ -40,7 +41,7 @@ class Job:
         log: path of its output.
         args: pickled tuple of the arguments after the payload.
         payload_fd: descriptor of the pickled ``(target, payload)``.
-        error_fd: where a traceback goes.
+        error_fd: where warnings go, and at last a traceback.
         life_fd: end of file there means that the zygote is gone; needed where the kernel does not kill us then.
         zygote: pid of the parent.
     """
@@ -136,6 +137,7 @@ def work(job: Job) -> None:
     import torch
 
     torch.set_num_threads(1)
+    _pass_warnings_on(job.error_fd)
     # What the user's code finds as __main__ is empty: it must not be our program, and the user's own is not here.
     # multiprocessing's "spawn" and "forkserver", should an environment use them, then have nothing to import again.
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -146,6 +148,26 @@ def work(job: Job) -> None:
         module, _, function = target.partition(":")
         target = getattr(importlib.import_module(module), function)
     target(payload, *args)
+
+
+def _pass_warnings_on(fd: int) -> None:
+    """Python's warnings go into the log as ever, and to the host as well: who reads the log of a worker that works?"""
+    show = warnings.showwarning
+
+    def showwarning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        show(message, category, filename, lineno, file, line)
+        text = " ".join(f"{category.__name__}: {message}".split())
+        with contextlib.suppress(OSError):  # no zygote, nobody to tell
+            os.write(fd, WARNING + text.encode(errors="backslashreplace")[:MAX_WARNING] + b"\n")
+
+    warnings.showwarning = showwarning
 
 
 # ── settling ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal, Self
 import cloudpickle  # type: ignore[import-untyped]
 
 from zrl.errors import ConfigError, ProcessError
-from zrl.nodes.pipe import End, Ended, Fork, Ready, Signal, Start, Started, Surroundings, Unframer, frame, store
+from zrl.nodes.pipe import End, Ended, Fork, Ready, Signal, Start, Started, Surroundings, Unframer, Warned, frame, store
 
 #: What a worker needs besides its own module; most of the start-up time of a fresh interpreter.
 PRELOAD = ("torch", "gymnasium", "gymnasium.vector", "zrl.collect.build")
@@ -50,7 +50,7 @@ class Lost:
     why: str
 
 
-Event = Started | Ended | Lost
+Event = Started | Warned | Ended | Lost
 Target = str | Callable[..., object]
 
 
@@ -296,16 +296,18 @@ class Zygote:
             pass
         return False
 
-    def _take(self, message: Ready | Started | Ended) -> None:
+    def _take(self, message: Ready | Started | Warned | Ended) -> None:
         if isinstance(message, Ready):
             self.ready = message
+            return
+        self._events.append(message)
+        if isinstance(message, Warned):
             return
         self._asked.discard(message.serial)
         if isinstance(message, Started):
             self.children[message.serial].pid = message.pid
         else:
             self.children.pop(message.serial).ended = message
-        self._events.append(message)
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

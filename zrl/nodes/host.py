@@ -34,7 +34,7 @@ from zrl.errors import ProcessError, SharedMemoryError, WorkerError, ZrlError
 from zrl.nodes.children import Child, Lost, Zygote
 from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase, Progress
-from zrl.nodes.pipe import CONNECTION_ENDED, Ended
+from zrl.nodes.pipe import CONNECTION_ENDED, Ended, Warned
 from zrl.protocol import messages as m
 from zrl.protocol.restarts import Restarts
 
@@ -42,6 +42,7 @@ TICK = 1.0  # seconds between two looks at the children
 DUMP_SECONDS = 0.5  # that a child gets to write its stacks before it is killed
 #: Seconds that a revoked child gets to end by itself: one that cannot be reached may be writing its traceback.
 LAST_WORDS = 0.5
+MOST_WARNINGS = 20  # different ones of workers that are passed on
 _ROWS = 60  # children in one Beat
 UNSEEN = Progress(0, Phase.BUILD, 0, 0, -1)
 
@@ -138,6 +139,7 @@ class Host:
         self._run: RunInfo | None = None
         self._run_id = m.NO_ID  # of the last run
         self._generations: dict[int, int] = {}  # newest of each index in that run
+        self._warnings: set[str] = set()  # that workers have uttered
         self._stopping = False
         self._last_tick = time.monotonic()
         self._empty = asyncio.Event()
@@ -172,6 +174,7 @@ class Host:
         self._last_tick = time.monotonic()
         self._stopping = False
         self._proven.clear()
+        self._warnings.clear()
         self._restarts = self._new_budget()
         if run.run_id != self._run_id:
             self._run_id = run.run_id
@@ -316,8 +319,16 @@ class Host:
             self._failed(ProcessError(lost.why))  # first of all: it is why the children have ended
             self._no_more()
         for event in events:
-            if isinstance(event, Ended) and (kid := self._by_serial.get(event.serial)) is not None:
+            if isinstance(event, Warned) and (kid := self._by_serial.get(event.serial)) is not None:
+                self._pass_on(kid, event.text)
+            elif isinstance(event, Ended) and (kid := self._by_serial.get(event.serial)) is not None:
                 self._on_end(kid, event)
+
+    def _pass_on(self, kid: Kid, warning: str) -> None:
+        """A warning goes into our log once, whichever worker it came from first, and no more than a few of them."""
+        if warning not in self._warnings and len(self._warnings) < MOST_WARNINGS:
+            self._warnings.add(warning)
+            logger.warning("worker %d warns: %s", kid.index, m.printable(warning))
 
     def _on_end(self, kid: Kid, ended: Ended) -> None:
         progress = kid.progress = self._look(kid)

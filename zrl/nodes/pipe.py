@@ -1,7 +1,7 @@
 """What a host and its zygote tell each other, and how: pickled dataclasses, each after its length, over a socketpair.
 
     host    ──►  Start, once; then Fork, Signal, End           (end of file means End)
-    zygote  ──►  Ready, once; then for each child Started, Ended
+    zygote  ──►  Ready, once; then for each child Started, Warned now and then, Ended
 
 Both ends are our own processes and no one else can reach the pair, which is why pickle is allowed here and never on a
 socket. The dataclasses hold plain values only, so that the zygote itself unpickles nothing of the user's: what a child
@@ -21,6 +21,9 @@ from typing import Any, Literal
 
 #: Largest traceback that travels, in bytes: the default capacity of a pipe, so that a child need not wait for a reader.
 MAX_TRACEBACK = 64 << 10
+#: Before a warning in a child's pipe, which ends with its line; a traceback does not begin like that.
+WARNING = b"\x1e"
+MAX_WARNING = 2048  # bytes: what is written to a pipe at once is not torn apart
 #: Exit status of a worker whose connection ended: its host starts a fresh one, and no budget is used.
 CONNECTION_ENDED = 3
 _LENGTH = struct.Struct("<I")
@@ -127,6 +130,14 @@ class Started:
     serial: int
     pid: int
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """A child warned of something, and goes on: category and text, in one line."""
+
+    serial: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """``python -m zrl.nodes.zygote FD``: imports what workers need, once; forks them on request; tells how each one ends.
 
     host ──── socketpair ────► zygote ──── fork ────► child          (settles, runs its target: see child.py)
-         ◄─ Started, Ended ───   │  ◄── error pipe ────┘
+         ◄─ Started … Ended ──   │  ◄── error pipe ────┘
                                  └── SIGCHLD → wake-up pipe
 
 Why a process of its own: a fork of the learner would take a copy of its locks, held by threads that do not exist in the
@@ -31,7 +31,20 @@ import traceback
 from dataclasses import dataclass
 
 from zrl.nodes import child
-from zrl.nodes.pipe import MAX_TRACEBACK, End, Ended, Fork, Ready, Signal, Start, Started, Unframer, frame
+from zrl.nodes.pipe import (
+    MAX_TRACEBACK,
+    WARNING,
+    End,
+    Ended,
+    Fork,
+    Ready,
+    Signal,
+    Start,
+    Started,
+    Unframer,
+    Warned,
+    frame,
+)
 
 GRACE = 0.5  # seconds between SIGTERM and SIGKILL, when nobody said how long: host and children gone within two
 FINAL = 1.0  # seconds that a killed process may take to go before we leave it to init
@@ -180,11 +193,14 @@ class Zygote:
         child.run_forked(job)
 
     def _drain(self, kid: Kid) -> None:
-        """Read what there is of its traceback."""
+        """Read what there is of its warnings and its traceback."""
         with contextlib.suppress(BlockingIOError):
             while data := os.read(kid.pipe, MAX_TRACEBACK):
                 kid.error += data
             self._forget(kid)  # end of file
+        while kid.error.startswith(WARNING) and b"\n" in kid.error:
+            line, _, kid.error = kid.error.partition(b"\n")
+            self.report(Warned(kid.request.serial, line[len(WARNING) :].decode(errors="replace")))
 
     def _forget(self, kid: Kid) -> None:
         if kid.pipe in self._selector.get_map():

@@ -55,7 +55,7 @@ def rollout(
             actions.
         n_actors: workers of the run; needed for ``max_lag=0``.
         info_keys: names of keys of the step's info.
-        debug: poison batches past their time.
+        debug: refuse batches past their time, see `zrl.StaleBatchError`.
         starve_timeout: seconds with too few workers, after some were there. For the first one it waits for ever.
 
     Raises:

@@ -74,7 +74,7 @@ def rollout(
         keep_final_obs: record the true final observation of every episode.
         info_keys: keys of the step's info to record in ``batch.env``: names, or a mapping from name to dtype, space or
             example array.
-        debug: check at every step what is otherwise checked once or not at all, and poison batches past their time.
+        debug: check at every step what is otherwise checked once or not at all, and refuse batches past their time.
         log_dir: folder of the workers' output; a temporary one that goes at the end, if None.
         start_timeout: seconds that a worker may take to build its environments.
         stall_timeout: seconds that one call of an environment may take.

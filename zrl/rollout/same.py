@@ -73,7 +73,7 @@ def rollout(
         keep_final_obs: record the true final observation of every episode.
         info_keys: keys of the step's info to record in ``batch.env``: names, or a mapping from name to dtype, space or
             example array.
-        debug: check at every step what is otherwise checked once or not at all, and poison batches past their time.
+        debug: check at every step what is otherwise checked once or not at all, and refuse batches past their time.
         first_version: of the weights as they are now; a run that goes on with another counts on.
 
     Raises:
