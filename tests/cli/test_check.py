@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,10 @@ from click.testing import CliRunner, Result
 from tests.toys import SpaceEnv
 from zrl.cli import main
 from zrl.collect.build import CollectOptions, build
+from zrl.collect.collect import collect
 from zrl.config import TrainConfig
+from zrl.data.fragment import Slot
+from zrl.data.ring import Ring
 from zrl.nodes.buffers import HostBuffers
 from zrl.train.rollouts import SLOTS
 from zrl.zoo import MLPActor
@@ -105,11 +109,24 @@ def box(dtype: Any = np.float32, n: int = 3) -> gym.spaces.Box:
     return gym.spaces.Box(-1.0, 1.0, (n,), dtype)
 
 
-class Words(SpaceEnv):
+class Lengths(SpaceEnv):
     """Observations without a fixed shape."""
 
     def __init__(self) -> None:
-        super().__init__(gym.spaces.Text(5), gym.spaces.Discrete(2))
+        super().__init__(gym.spaces.Sequence(box()), gym.spaces.Discrete(2))
+
+
+class Words(SpaceEnv):
+    """Texts and alternatives, beside what fills the memory; the same observation again and again."""
+
+    def __init__(self) -> None:
+        choice = gym.spaces.OneOf([gym.spaces.Text(7), gym.spaces.Discrete(2)])
+        pixels = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        super().__init__(gym.spaces.Dict(choice=choice, pixels=pixels, text=gym.spaces.Text(5)), gym.spaces.Discrete(2))
+        self.only = self.observation_space.sample()
+
+    def observe(self) -> Any:
+        return self.only
 
 
 class Double(SpaceEnv):
@@ -137,7 +154,8 @@ class Pushes(SpaceEnv):
     """Actions that no default actor has."""
 
     def __init__(self) -> None:
-        super().__init__(box(), gym.spaces.Tuple([gym.spaces.Discrete(2), box()]))
+        words = gym.spaces.OneOf([gym.spaces.Text(4), gym.spaces.Discrete(2)])
+        super().__init__(box(), gym.spaces.Tuple([gym.spaces.Discrete(2), words]))
 
 
 class Vectorial(SpaceEnv):
@@ -161,7 +179,7 @@ class Fragile(SpaceEnv):
         raise OSError("the arm fell off")
 
 
-PLAIN: tuple[Any, ...] = (Words, Double, Liar, Widened, Pushes, Vectorial, Fragile)
+PLAIN: tuple[Any, ...] = (Lengths, Words, Double, Liar, Widened, Pushes, Vectorial, Fragile)
 VECTOR: Any = TwoAtOnce
 
 
@@ -178,7 +196,7 @@ def registered() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("env", "text", "hint"),
     [
-        ("Words", "leaf state.obs; expected Box, Discrete", "fixed shapes"),
+        ("Lengths", "leaf state.obs; expected Box, Discrete", "fixed shapes"),
         ("Liar", "the first observation is not what the observation space says", "correct the space"),
         ("Pushes", "no default policy for this action space", "--actor module:function"),
         ("Vectorial", "rew", "the reward as one finite number"),
@@ -195,6 +213,36 @@ def test_refusals_with_what_to_do(env: str, text: str, hint: str) -> None:
     assert hint in result.output
     assert "zrl would refuse it" in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_bytes_are_those_that_are_allocated() -> None:
+    """Of a slot, of a ring of them, and of the batches; and an observation lies in a slot once."""
+    found = as_json("test/Words-v0", "--envs", "4", "--n-steps", "15", "--workers", "2", "--slots", "3")
+    sizes = {leaf["path"]: (leaf["dtype"], leaf["shape"], leaf["nbytes"]) for leaf in found["leaves"]}
+    assert sizes["state.obs['choice'][0]"] == ("int64", [16, 2], 16 * 2 * 8)
+    assert sizes["state.obs['choice'][1][0]"] == ("int32", [16, 2, 7], 16 * 2 * 7 * 4)
+    assert sizes["state.obs['text']"] == ("int32", [16, 2, 5], 16 * 2 * 5 * 4)
+    pixels = 16 * 2 * 64 * 64 * 3
+    assert [n for _, _, n in sizes.values() if n > pixels / 20] == [pixels]
+    env = Words()
+    ctx = build(Words, MLPActor(env.observation_space, env.action_space), CollectOptions(n_steps=15, n_columns=2))
+    slot = Slot(ctx.spec)
+    assert found["slot_nbytes"] == slot.memory.nbytes == sum(-(-a.nbytes // 64) * 64 for a in slot.arrays)
+    with Ring.create(ctx.spec.nbytes, 3, run_id=bytes(16), incarnation=bytes(16), digest=bytes(16)) as ring:
+        assert [ring.slot(k).nbytes for k in range(3)] == [found["slot_nbytes"]] * 3
+        assert ring.memory.nbytes == 4096 + 3 * -(-found["slot_nbytes"] // 4096) * 4096  # slots begin on pages
+    buffers = HostBuffers(ctx.spec, 2)
+    leaves = [x.untyped_storage().nbytes() for k in range(buffers.n_buffers) for x in buffers.leaves(k)]
+    assert found["batches_nbytes"] == sum(-(-n // 64) * 64 for n in leaves)
+    # and collecting takes no more
+    collect(ctx, slot)
+    tracemalloc.start()
+    try:
+        collect(ctx, slot)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < pixels / 4
 
 
 def test_a_vector_environment_says_how_it_resets() -> None:
@@ -220,7 +268,8 @@ def test_a_warning_of_the_recorder_is_a_hint() -> None:
 def test_without_an_actor_the_leaves_of_the_environment_are_known() -> None:
     found = as_json("test/Pushes-v0", code=5)
     paths = [leaf["path"] for leaf in found["leaves"]]
-    assert paths[:3] == ["state.obs", "state.act[0]", "state.act[1]"]
+    assert paths[:5] == ["state.obs", "state.act[0]", *(f"state.act[1]{x}" for x in ("[0]", "[1][0]", "[1][1]"))]
+    assert (found["leaves"][3]["dtype"], found["leaves"][3]["shape"][2:]) == ("int32", [4])
     assert (found["actor"], found["n_parameters"], found["steps_per_s"]) == ("", None, None)
     assert found["env_steps_per_s"] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -430,6 +431,34 @@ def test_an_error_in_a_process_is_told(caplog: pytest.LogCaptureFixture) -> None
         text = error_of(lambda: AsyncVectorEnv([Broken] * B))
     assert "OSError" in text
     assert "the cable is out" in text
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+def test_texts_and_alternatives(mode: AutoresetMode, debug: bool) -> None:
+    """They have no arrays: a vector environment batches them as tuples."""
+    parts: list[gym.Space[Any]] = [gym.spaces.Text(4), gym.spaces.Box(0, 9, (2,), np.uint8)]
+    spaces = gym.spaces.Dict({"a": gym.spaces.OneOf(parts), "b": gym.spaces.Text(3), "c": gym.spaces.Discrete(3)})
+    kept: list[SpaceEnv] = []
+
+    def one() -> SpaceEnv:
+        kept.append(SpaceEnv(copy.deepcopy(spaces), copy.deepcopy(spaces), limit=4))
+        return kept[-1]
+
+    def act(obs: Any, act: Any, rew: Any, fin: Any, hx: Any) -> tuple[Any, Any, Any]:
+        actions = torch.utils._pytree.tree_map(lambda x: x.clone(), obs)  # what was observed is an action, too
+        return actions, (), {"value": rew}
+
+    plain = fragments(one, LambdaActor(act), keep_final_obs=True)
+    mine = [list(env.actions) for env in kept[1:]]
+    kept.clear()
+    vector = fragments(
+        lambda: SyncVectorEnv([one] * B, autoreset_mode=mode), LambdaActor(act), keep_final_obs=True, debug=debug
+    )
+    assert_equal(plain, vector)
+    assert any(len(set(map(str, actions))) > 4 for actions in mine)
+    for a, env in zip(mine, kept[B:], strict=True):
+        assert [str({**x, "c": int(x["c"])}) for x in a] == [str({**x, "c": int(x["c"])}) for x in env.actions]
 
 
 def test_actions_are_clipped_cast_and_copied() -> None:

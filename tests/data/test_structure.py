@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+from typing import Any
 
 import optree
 import pytest
@@ -61,16 +62,15 @@ def test_hostile_texts(text: str) -> None:
         from_text(text)
 
 
-def spec() -> FragmentSpec:
+def spec(changes: dict[str, Any] | None = None) -> FragmentSpec:
     x = ArraySpec("float32", (3,))
-    return FragmentSpec.build(
-        4,
-        2,
-        obs={"a": x, "b": Pair(x, [x])},
-        act=ArraySpec("int64"),
-        actor={"value": ArraySpec("float32")},
-        hx=(ArraySpec("float32", (1, 5)),),
-    )
+    trees: dict[str, Any] = {
+        "obs": {"a": x, "b": Pair(x, [x])},
+        "act": ArraySpec("int64"),
+        "actor": {"value": ArraySpec("float32")},
+        "hx": (ArraySpec("float32", (1, 5)),),
+    }
+    return FragmentSpec.build(4, 2, **trees | (changes or {}))
 
 
 def test_a_specification_travels() -> None:
@@ -84,9 +84,20 @@ def test_differences_are_named() -> None:
     other = FragmentSpec.build(
         4, 2, obs={"a": ArraySpec("float32", (4,))}, act=ArraySpec("int64"), actor={"value": ArraySpec("float32")}
     )
-    lines = spec().differences(other)
-    assert any("state.obs['a']" in line and "(4,)" in line for line in lines)
-    assert any("state.obs['b'].x" in line and "no such leaf" in line for line in lines)
+    assert spec().differences(other) == [
+        "state.obs['a']: expected float32[3], found float32[4]",
+        "state.obs['b'].x: expected float32[3], found no such leaf",
+        "state.obs['b'].y[0]: expected float32[3], found no such leaf",
+        "hx[0]: expected float32[1, 5], found no such leaf",
+    ]
+    layers = spec({"hx": (ArraySpec("float32", (2, 5)),)})
+    assert spec().differences(layers) == ["hx[0]: expected float32[1, 5], found float32[2, 5]"]
+    (line,) = spec().differences(spec({"hx": [ArraySpec("float32", (1, 5))]}))
+    assert line == 'hx: expected nested as ["tuple", "*"], found ["list", "*"]'
+    assert spec().differences(spec().with_columns(3)) == ["T and B: expected (4, 2), found (4, 3)"]
+    assert spec({"keep_final_obs": True}).differences(spec())[0] == (
+        "final_obs['a']: expected float32[3], found no such leaf"
+    )
 
 
 PLAIN = st.recursive(

@@ -51,6 +51,13 @@ OBSERVATIONS: dict[str, tuple[gym.Space[Any], int]] = {
     "MultiDiscrete table": (gym.spaces.MultiDiscrete(np.array([[2, 3], [1, 2]])), 8),
     "MultiBinary": (gym.spaces.MultiBinary(3), 3),
     "MultiBinary table": (gym.spaces.MultiBinary((2, 2)), 4),
+    "keys of two kinds": (gym.spaces.Dict({1: DISCRETE, "a": DISCRETE}), 8),  # type: ignore[dict-item]
+    "Text": (gym.spaces.Text(3, charset="abc"), 12),
+    "OneOf": (gym.spaces.OneOf([gym.spaces.Text(2, charset="ab"), gym.spaces.Discrete(3, start=-7), DISCRETE]), 16),
+    "without size": (
+        gym.spaces.Dict(a=box(0, 1, (2, 0), np.float32), b=gym.spaces.MultiDiscrete(np.zeros(0, int)), c=DISCRETE),
+        4,
+    ),
     "Dict": (gym.spaces.Dict(b=DISCRETE, a=gym.spaces.Tuple([box(0, 1, (2,), np.float32), DISCRETE])), 10),
 }
 
@@ -153,14 +160,17 @@ def test_observations_of_all_spaces(space: gym.Space[Any], size: int, kind: Any)
 def test_features_by_hand() -> None:
     spaces = {"b": gym.spaces.Discrete(3, start=1), "a": gym.spaces.Tuple([box(0, 9, (2, 2), np.uint8)])}
     spaces |= {"c": gym.spaces.MultiDiscrete([2, 3], start=[0, 5]), "d": gym.spaces.MultiBinary(2)}
+    spaces |= {"e": gym.spaces.OneOf([DISCRETE, gym.spaces.Text(2, charset="ab")])}
     obs = {
         "a": (torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.uint8),),
         "b": torch.tensor([[3]]),
         "c": torch.tensor([[[1, 5]]]),
         "d": torch.tensor([[[1, 0]]], dtype=torch.int8),
+        "e": (torch.tensor([[1]]), (torch.tensor([[0]]), torch.tensor([[[1, 2]]], dtype=torch.int32))),
     }
     a, b, c, d = [1, 2, 3, 4], [0, 0, 1], [0, 1, 1, 0, 0], [1, 0]
-    assert Features(gym.spaces.Dict(spaces))(obs).tolist() == [[[*a, *b, *c, *d]]]
+    e = [0, 1, *[1, 0, 0, 0], *[0, 1, 0], *[0, 0, 1]]  # the second alternative: "b", and padding
+    assert Features(gym.spaces.Dict(spaces))(obs).tolist() == [[[*a, *b, *c, *d, *e]]]
 
 
 Named = namedtuple("Named", ["x", "y"])

@@ -27,7 +27,10 @@ class BaseActorModule(torch.nn.Module):
     - ``hx``: ``[L, B, ...]``, any nesting, or ``()``; ``None`` asks for the initial state. A recurrent actor resets its
       state before row t where ``fin[t]`` (`zrl.algo.unroll` does it) and returns a *new* ``hx``.
     - ``actions``: in the values and the nesting of the action space, ``[T, B, ...]``. Box actions are clipped on their
-      way into the environment, and recorded as sampled.
+      way into the environment, and recorded as sampled. A Text is integer codes ``[T, B, max_length]``: the
+      ``character_index`` of each character, then nothing but padding, ``len(character_set)``. A OneOf is ``(index,
+      (alternative 0, alternative 1, ...))``, index ``[T, B]``: all alternatives, of which the chosen one counts.
+      Observations of these spaces look the same.
     - ``info``: a dict whose ``"value"`` is ``[T, B]``; all else in it is recorded beside it.
 
     An actor must not write its inputs, draws random numbers from torch's default generators only, and samples when
@@ -87,8 +90,9 @@ class BaseActorModule(torch.nn.Module):
 
         The default knows two policies. ``info["logits"]``, a tree over the action's: for an action leaf ``[T, B]``
         logits ``[T, B, n]`` (categorical); for a leaf ``[T, B, k]`` (MultiDiscrete, MultiBinary) logits ``[T, B, k,
-        n]``, one categorical a component, shorter ones padded with −inf, or a list of k logits ``[T, B, n_i]``.
-        ``info["mean"]`` and ``info["log_std"]``: a diagonal Gaussian. Logits need not be normalised; −inf forbids.
+        n]``, one categorical a component, shorter ones padded with −inf, or a list of k logits ``[T, B, n_i]``; for a
+        Text ``[T, B, max_length, n + 1]``. Of a OneOf all alternatives count, chosen or not. ``info["mean"]`` and
+        ``info["log_std"]``: a diagonal Gaussian. Logits need not be normalised; −inf forbids.
 
         Raises:
             ActorError: neither is in `info`; override the method then.

@@ -9,8 +9,8 @@ import gymnasium as gym
 import numpy as np
 import optree
 
+from zrl.collect.encoding import action_reader, is_encoded, obs_writer
 from zrl.collect.spaces import EnvLayout
-from zrl.collect.writers import ActionReader, ObsWriter
 from zrl.data.fragment import Array, Row
 from zrl.errors import EnvError
 
@@ -23,10 +23,10 @@ class BatchWriter:
     """
 
     def __init__(self, layout: EnvLayout, n: int, *, debug: bool) -> None:
-        self._one = ObsWriter(layout.obs, n, debug=debug)
+        self._one = obs_writer(layout.obs, layout.observation_space, n, debug=debug)
         self._space, self._example = layout.observation_space, layout.example
         self._tree = optree.tree_structure(layout.obs, none_is_leaf=True)
-        self._fast = not debug and all_arrays(self._space)
+        self._fast = not debug and not is_encoded(self._space)
         self._n = n
 
     def write(self, obs: Any, row: Row, phase: str = "step") -> None:
@@ -71,7 +71,7 @@ class BatchWriter:
 
     def _check_length(self, obs: Any, phase: str) -> None:
         lengths = {len(x) for x in optree.tree_leaves(obs, none_is_leaf=True) if isinstance(x, np.ndarray) and x.ndim}
-        if all_arrays(self._space) and lengths - {self._n}:
+        if not is_encoded(self._space) and lengths - {self._n}:
             raise EnvError(
                 "observations of another number of columns",
                 env_index=-1,
@@ -86,11 +86,11 @@ class BatchActions:
     """Turns a row of recorded actions into what a vector environment takes: clipped and cast copies, batched."""
 
     def __init__(self, layout: EnvLayout) -> None:
-        self._reader = ActionReader(layout.act)
+        self._reader = action_reader(layout.action_space, layout.act)
         self.check = self._reader.check
         self._space = layout.action_space
         spaces, self._tree = optree.tree_flatten(layout.act)
-        self._leaves = [_cast(space) for space in spaces] if all_arrays(self._space) else []
+        self._leaves = [] if is_encoded(self._space) else [_cast(space) for space in spaces]
 
     def __call__(self, arrays: Sequence[Array]) -> Any:
         if not self._leaves:
@@ -104,15 +104,6 @@ def _cast(space: gym.Space[Any]) -> Callable[[Array], Array]:
         low, high = space.low, space.high
         return lambda a: np.clip(a, low, high).astype(dtype, copy=False)
     return lambda a: a.astype(dtype)  # a copy: the environment may keep it, or write into it
-
-
-def all_arrays(space: Any) -> bool:
-    """Whether everything in a space has one array for all columns; texts and alternatives have a tuple."""
-    if isinstance(space, gym.spaces.Dict):
-        return all(map(all_arrays, space.spaces.values()))
-    if isinstance(space, gym.spaces.Tuple):
-        return all(map(all_arrays, space.spaces))
-    return not isinstance(space, (gym.spaces.Text, gym.spaces.OneOf))
 
 
 def column_of(space: Any, batched: Any, j: int) -> Any:
@@ -141,4 +132,4 @@ def batch_of(space: Any, values: Sequence[Any]) -> Any:
         return {key: batch_of(sub, [x[key] for x in values]) for key, sub in space.spaces.items()}
     if isinstance(space, gym.spaces.Tuple):
         return tuple(batch_of(sub, [x[i] for x in values]) for i, sub in enumerate(space.spaces))
-    return np.stack([np.asarray(x, space.dtype) for x in values]) if all_arrays(space) else tuple(values)
+    return tuple(values) if is_encoded(space) else np.stack([np.asarray(x, space.dtype) for x in values])

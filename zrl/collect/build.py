@@ -16,7 +16,7 @@ from zrl.collect.debug import CheckedStep
 from zrl.collect.envs import Columns, PlainColumns
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
 from zrl.collect.setup import set_up
-from zrl.collect.spaces import Environments, EnvLayout, make_env, probe_env
+from zrl.collect.spaces import Environments, EnvLayout, check_alike, make_env, probe_env
 from zrl.collect.streams import RandomStreams, env_seeds, setup_generator
 from zrl.collect.vector import VectorColumns
 from zrl.collect.vector_probe import check_pool_seeds, check_vector, is_pool, is_vector, probe_vector
@@ -131,6 +131,9 @@ def _columns(
         env = make_env(factory, own, 0)
         made.callback(env.close)
         _check_new(scratch, env)
+        if not is_vector(env):
+            raise ConfigError("the factory made a vector environment, then a plain one; it must make the same kind")
+        check_alike(env, layout, 0, prefix="single_")
         if is_pool(env):
             check_pool_seeds(factory, env, own)
         return layout, _vector(env, layout, [] if is_pool(env) else own, partial, o, times)

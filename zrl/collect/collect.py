@@ -294,7 +294,7 @@ def _reset_state(ctx: Context, columns: Sequence[int] | Array, hx: Any) -> Any:
     """The recurrent state with `columns` back at its initial value, one after the other unless that is zero."""
     if not ctx.resets:
         return hx
-    if type(ctx.actor).reset is BaseActorModule.reset:
+    if type(ctx.actor).reset is BaseActorModule.reset and all(h.is_floating_point() for h in flatten(hx)[0]):
         return map_leaves(lambda h: h.index_fill(1, torch.as_tensor(columns, device=h.device), 0), hx)
     for j in columns:
         hx = ctx.actor.reset(int(j), hx)

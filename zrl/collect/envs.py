@@ -16,8 +16,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.wrappers import OrderEnforcing
 
-from zrl.collect.spaces import EnvLayout, check_env, describe, reset_env
-from zrl.collect.writers import ActionReader, LeafWriter, ObsWriter
+from zrl.collect.encoding import action_reader, obs_writer
+from zrl.collect.spaces import EnvLayout, check_alike, check_env, describe, reset_env
+from zrl.collect.writers import LeafWriter
 from zrl.data.fragment import Array, Row
 from zrl.data.spec import ArraySpec
 from zrl.errors import EnvError
@@ -92,7 +93,7 @@ class PlainColumns:
         debug: refuse what would otherwise be cast or let pass, and look at every value and action.
 
     Raises:
-        EnvError: a column that is no environment, or a vector of them.
+        EnvError: a column that is no environment, a vector of them, or one with other spaces.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class PlainColumns:
     ) -> None:
         for j, env in enumerate(envs):
             check_env(env, j)
+            check_alike(env, layout, j)
         self.n = len(envs)
         self.rewards: Array = np.zeros(self.n)
         self.dummies: Sequence[int] = ()
@@ -113,8 +115,8 @@ class PlainColumns:
         self._seeds = list(seeds)
         self._times = times
         self._debug = debug
-        self._write_obs = ObsWriter(layout.obs, self.n, debug=debug, space=layout.observation_space)
-        self._read_actions = ActionReader(layout.act)
+        self._write_obs = obs_writer(layout.obs, layout.observation_space, self.n, debug=debug)
+        self._read_actions = action_reader(layout.action_space, layout.act)
         self._infos = info_writers(layout.env or {}, self.n, debug=debug)
 
     def reset(self, row: Row) -> None:
@@ -172,7 +174,7 @@ class PlainColumns:
         self.rewards = np.zeros(self.n)
         for a in row.env:
             a[:] = 0
-        actions = self._read_actions(nxt.act)
+        actions = self._read_actions(nxt.act, live)
         if self._debug:
             self._read_actions.check(nxt.act, live)
         ended: list[tuple[int, bool, dict[str, Any]]] = []

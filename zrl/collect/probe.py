@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
+from zrl.collect.encoding import action_reader, filler, is_encoded
 from zrl.collect.spaces import EnvLayout, describe
 from zrl.collect.streams import undrawn
 from zrl.collect.writers import nesting_of
@@ -31,11 +32,10 @@ class ActorLayout(NamedTuple):
 
 
 def first_actions(spaces: Any, act: Any) -> list[Any]:
-    """The a_{-1} of the first row, one value a leaf: zeros; ``start`` for a shifted Discrete or MultiDiscrete."""
+    """The a_{-1} of the first row, one value a leaf: zeros; ``start`` for a shifted Discrete or MultiDiscrete; padding
+    for a Text."""
     leaves, specs = flatten(spaces)[0], flatten(act)[0]
-    shifted = (gym.spaces.Discrete, gym.spaces.MultiDiscrete)
-    starts = [s.start if isinstance(s, shifted) else 0 for s in leaves]
-    return [np.full(spec.shape, start, spec.dtype) for spec, start in zip(specs, starts, strict=True)]
+    return [filler(space).astype(spec.dtype) for spec, space in zip(specs, leaves, strict=True)]
 
 
 def check_actor(actor: Any) -> None:
@@ -60,7 +60,7 @@ def probe_actor(actor: BaseActorModule, layout: EnvLayout, n_columns: int, devic
     with undrawn(device), torch.inference_mode():
         with untouched(first, None):
             actions, hx, info = _step(actor, first, None)
-        act = _action_specs(actions, layout.act, n_columns)
+        act = _action_specs(actions, layout, n_columns)
         infos = _info_specs(info, n_columns)
         _check_state(hx, n_columns)
         initial = own_state(_reset_all(actor, hx, n_columns, device))
@@ -194,16 +194,17 @@ def _step(actor: BaseActorModule, inputs: Inputs, hx: Any) -> tuple[Any, Any, An
     return result
 
 
-def _action_specs(actions: Any, spaces: Any, n: int) -> Any:
+def _action_specs(actions: Any, layout: EnvLayout, n: int) -> Any:
     """One `ArraySpec` a leaf of the action space, dtype as sampled."""
-    space_leaves, tree = optree.tree_flatten(spaces)
+    space_leaves, tree = optree.tree_flatten(layout.act)
+    encoded = is_encoded(layout.action_space)
     try:
-        leaves = tree.flatten_up_to(actions)
+        leaves: list[Any] = tree.flatten_up_to(actions)
     except (ValueError, TypeError) as e:
         raise ActorError(
             "actions are not nested like the action space",
             leaf="state.act",
-            expected=str(spaces),
+            expected=str(layout.act),
             found=nesting_of(actions),
         ) from e
     specs: list[ArraySpec] = []
@@ -215,11 +216,14 @@ def _action_specs(actions: Any, spaces: Any, n: int) -> Any:
             )
         if x.is_floating_point() != (np.dtype(space.dtype).kind == "f"):
             raise ActorError("an action is of the wrong kind", leaf=path, expected=str(space), found=str(x.dtype))
-        if not isinstance(space, gym.spaces.Box) and not all(space.contains(a) for a in x[0].cpu().numpy()):
+        passes = encoded or isinstance(space, gym.spaces.Box)  # is looked at below, or clipped
+        if not passes and not all(space.contains(a) for a in x[0].cpu().numpy()):
             raise ActorError(
                 "an action is outside of its space", leaf=path, expected=str(space), found=str(x[0].tolist())
             )
         specs.append(_spec_of(path, x, tuple(space.shape)))
+    if encoded:
+        action_reader(layout.action_space, layout.act).check([x[0].cpu().numpy() for x in leaves], range(n))
     return tree.unflatten(specs)
 
 
@@ -233,7 +237,10 @@ def _info_specs(info: Any, n: int) -> Any:
         value = path == "info['value']"
         if not isinstance(x, Tensor) or tuple(x.shape[:2]) != (1, n) or (value and x.dim() != 2):
             want = f"[1, {n}]" if value else f"[1, {n}, ...]"
-            raise ActorError("a leaf of the actor's info is misshapen", leaf=path, expected=want, found=_shape_text(x))
+            what = "a leaf of the actor's info is misshapen"
+            if value and isinstance(x, Tensor) and x.dim() > 2:
+                what = "the actor's value must be one number a step and column: squeeze its last axis"
+            raise ActorError(what, leaf=path, expected=want, found=_shape_text(x))
         specs.append(_spec_of(path, x, tuple(x.shape[2:])))
     return tree.unflatten(specs)
 

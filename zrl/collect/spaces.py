@@ -13,13 +13,14 @@ import numpy as np
 import optree
 from gymnasium.vector import VectorEnv
 
+from zrl.collect.alike import unlike
+from zrl.collect.encoding import LEAF_SPACES, ObsEncoder, encoder, is_encoded, rebuilt
 from zrl.collect.writers import cast_problem, first_line, nesting_of
 from zrl.data.spec import ArraySpec, flatten, tree_paths
 from zrl.errors import ConfigError, EnvError, RecordError
 
 Factory = Callable[..., Any]
 Environments = Factory | Sequence[Any] | VectorEnv[Any, Any, Any]  # what makes them, or the environments themselves
-LEAF_SPACES = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
 PROBE_STEPS = 200  # random steps of a scratch environment that a listed info key may take to turn up
 
 
@@ -28,10 +29,12 @@ class EnvLayout:
     """What of one environment goes into the record.
 
     Attributes:
-        obs: tree of `ArraySpec`, in the containers that the environment really returns.
-        act: tree of the leaf spaces of the action space; Dict gives a dict, Tuple a tuple.
+        obs: tree of `ArraySpec`, in the containers that the environment really returns. A Text is int32 codes, a OneOf
+            ``(index, (alternative 0, ...))``: see `zrl.collect.encoding`.
+        act: tree of the leaf spaces of what actors return: Dict gives a dict, Tuple a tuple, OneOf ``(Discrete,
+            (alternative 0, ...))``, Text `zrl.collect.encoding.TextCodes`.
         env: `ArraySpec` by key of ``info``, with a ``_key`` mask each; None if no key is declared.
-        example: one observation of the scratch environment.
+        example: one observation of the scratch environment, nested like `obs`.
         observation_space, action_space: as the environment states them.
     """
 
@@ -112,6 +115,32 @@ def _check_methods(env: Any, env_index: int) -> None:
             expected="an object with reset, step and close",
             found=f"the class {env.__name__}" if isinstance(env, type) else f"{type(env).__name__}: no {missing[0]}",
         )
+
+
+def check_alike(env: Any, layout: EnvLayout, env_index: int, *, prefix: str = "") -> None:
+    """Look whether the spaces of an environment are those of `layout`. Only bounds of Boxes that are observed may
+    differ.
+
+    Args:
+        prefix: of the attributes: ``"single_"`` for a vector environment.
+
+    Raises:
+        EnvError: naming the first leaf in which they differ.
+    """
+    for name, first in (("observation_space", layout.observation_space), ("action_space", layout.action_space)):
+        space = getattr(env, prefix + name, None)
+        if name == "observation_space" and (first is None or space is None):
+            continue  # the observations themselves are looked at anyway
+        if difference := unlike(first, space, name, bounds=name == "action_space"):
+            leaf, expected, found = difference
+            raise EnvError(
+                "its spaces are not those of the other environments",
+                env_index=env_index,
+                phase="spaces",
+                leaf=leaf,
+                expected=expected,
+                found=found,
+            )
 
 
 def describe(e: BaseException) -> str:
@@ -201,33 +230,24 @@ def layout_of(
         ) from e
     if not optree.tree_leaves(obs_specs, none_is_leaf=True):
         raise _space_error("observation_space", "at least one leaf", "an empty container")
+    if observation_space is not None and is_encoded(observation_space):
+        obs = ObsEncoder(observation_space, obs_specs)(obs)
     info = _info_specs(env, info_keys, may_step) if info_keys else None
     return EnvLayout(obs_specs, act, info, obs, observation_space, action_space)
 
 
-def _space_error(leaf: str, expected: str, found: str, hint: str = "") -> EnvError:
-    what = "the space cannot be recorded" + (f" ({hint})" if hint else "")
+def _space_error(leaf: str, expected: str, found: str) -> EnvError:
+    what = "the space cannot be recorded"
     return EnvError(what, env_index=-1, phase="spaces", leaf=leaf, expected=expected, found=found)
 
 
 def space_leaves(space: gym.Space[Any], path: str) -> Any:
-    """The tree of leaf spaces of a space: Dict gives a dict, Tuple a tuple.
+    """The tree of leaf spaces of what is recorded of a space, as in `EnvLayout.act`.
 
     Raises:
         EnvError: a space without a fixed shape.
     """
-    if isinstance(space, gym.spaces.Dict):
-        return {key: space_leaves(sub, f"{path}[{key!r}]") for key, sub in space.spaces.items()}
-    if isinstance(space, gym.spaces.Tuple):
-        return tuple(space_leaves(sub, f"{path}[{i}]") for i, sub in enumerate(space.spaces))
-    if not isinstance(space, LEAF_SPACES):
-        raise _space_error(
-            path,
-            "Box, Discrete, MultiDiscrete, MultiBinary, or Dict and Tuple of them",
-            type(space).__name__,
-            "it has no fixed shape; pad it to one in a wrapper of the environment",
-        )
-    return space
+    return encoder(space, path).leaves
 
 
 def observation_specs(space: Any, obs: Any, path: str) -> Any:
@@ -256,15 +276,25 @@ def observation_specs(space: Any, obs: Any, path: str) -> Any:
             found = f"{type(obs).__name__} of {len(obs)}" if isinstance(obs, (tuple, list)) else type(obs).__name__
             raise _mismatch(path, f"a tuple, namedtuple or list of {len(space)}", found)
         parts_ = [observation_specs(s, x, f"{path}[{i}]") for i, (s, x) in enumerate(zip(space, obs, strict=True))]
-        return type(obs)(*parts_) if named else type(obs)(parts_)
-    space_leaves(space, path)  # refuses what has no fixed shape
-    spec = ArraySpec(np.dtype(space.dtype).name, tuple(space.shape))
-    a = _as_array(obs, path, str(spec))
+        return rebuilt(obs, parts_)
+    part = encoder(space, path)
+    spaces, tree = flatten(part.leaves)
+    specs = [ArraySpec(np.dtype(s.dtype).name, tuple(s.shape)) for s in spaces]
+    try:
+        leaves = tree.flatten_up_to(part.encode(obs))
+    except RecordError as e:
+        raise _mismatch(e.leaf, e.expected, e.found) from e
+    for where, spec, x in zip(tree_paths(tree, path), specs, leaves, strict=True):
+        _check_first(x, spec, where)
+    return tree.unflatten(specs)
+
+
+def _check_first(x: Any, spec: ArraySpec, path: str) -> None:
+    a = _as_array(x, path, str(spec))
     if a.shape != spec.shape:
-        raise _mismatch(path, str(spec), f"{nesting_of(obs)} of shape {list(a.shape)}")
-    if problem := cast_problem(obs, a, np.dtype(spec.dtype)):
+        raise _mismatch(path, str(spec), f"{nesting_of(x)} of shape {list(a.shape)}")
+    if problem := cast_problem(x, a, np.dtype(spec.dtype)):
         raise _mismatch(path, str(spec), problem)
-    return spec
 
 
 def _leaf_spec(x: Any, path: str) -> ArraySpec:

@@ -135,6 +135,8 @@ def cast_problem(x: Any, a: Array, dtype: np.dtype[Any], *, declared: bool = Fal
     kind = _RANK.get(a.dtype.kind)
     wanted = _RANK[dtype.kind]
     may_rise = declared or not hasattr(x, "dtype")
+    if not (a.size or hasattr(x, "dtype")):  # an empty list is of no kind
+        return ""
     if kind is None or kind > wanted or (kind != wanted and not may_rise):
         return f"{a.dtype}{list(a.shape)}"
     if dtype.kind in "ui" and a.size:
@@ -195,14 +197,19 @@ class ObsWriter:
         try:
             return self._tree.flatten_up_to(obs)
         except (ValueError, TypeError) as e:
-            raise EnvError(
-                "an observation is nested in another way than the first one",
-                env_index=j,
-                phase=phase,
-                leaf="state.obs",
-                expected=nesting(self._tree),
-                found=nesting_of(obs),
-            ) from e
+            raise other_nesting(j, obs, phase, self._tree) from e
+
+
+def other_nesting(j: int, obs: Any, phase: str, tree: optree.PyTreeSpec) -> EnvError:
+    """The error for an observation that is not nested like `tree`."""
+    return EnvError(
+        "an observation is nested in another way than the first one",
+        env_index=j,
+        phase=phase,
+        leaf="state.obs",
+        expected=nesting(tree),
+        found=nesting_of(obs),
+    )
 
 
 def nesting(tree: optree.PyTreeSpec) -> str:
@@ -229,8 +236,8 @@ class ActionReader:
         self._leaves = [_leaf_reader(space) for space in self._spaces]
         self._flat = self._tree.is_leaf()
 
-    def __call__(self, arrays: Sequence[Array]) -> list[Any]:
-        """One action a column from one array ``[B, ...]`` per leaf."""
+    def __call__(self, arrays: Sequence[Array], wanted: Iterable[int] | None = None) -> list[Any]:
+        """One action a column from one array ``[B, ...]`` per leaf; if only some are `wanted`, others may be None."""
         if self._flat:
             return self._leaves[0](arrays[0])
         columns = zip(*(read(a) for read, a in zip(self._leaves, arrays, strict=True)), strict=True)

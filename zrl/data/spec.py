@@ -286,15 +286,24 @@ class FragmentSpec:
         return spec
 
     def differences(self, other: FragmentSpec) -> list[str]:
-        """Where `other` is not like this one, a line a leaf."""
-        mine, theirs = ({x.path: (x.dtype, x.rows, x.shape) for x in s.leaves} for s in (self, other))
-        lines = []
+        """Where `other` is not like this one, a line a leaf; where only containers differ, a line a field."""
+        sizes = [(s.n_steps, s.n_columns) for s in (self, other)]
+        lines = [] if sizes[0] == sizes[1] else [f"T and B: expected {sizes[0]}, found {sizes[1]}"]
+        mine, theirs = self._texts(), other._texts()
         for path in [*mine, *(p for p in theirs if p not in mine)]:
-            if mine.get(path) != theirs.get(path):
-                lines.append(
-                    f"{path}: expected {mine.get(path, 'no such leaf')}, found {theirs.get(path, 'no such leaf')}"
-                )
-        return lines or (["nesting differs"] if self.digest != other.digest else [])
+            expected, found = (texts.get(path, "no such leaf") for texts in (mine, theirs))
+            if expected != found:
+                lines.append(f"{path}: expected {expected}, found {found}")
+        if lines:
+            return lines
+        trees = [{f.name: to_text(f.tree) for f in s.fields.values()} for s in (self, other)]
+        fields = {name: [each.get(name, "no such field") for each in trees] for name in {**trees[0], **trees[1]}}
+        return [f"{name}: expected nested as {a}, found {b}" for name, (a, b) in fields.items() if a != b]
+
+    def _texts(self) -> dict[str, str]:
+        """Dtype and shape of every leaf, by path; that of ``hx`` with its layers."""
+        specs = [(x, (x.rows, *x.shape) if f.name == "hx" else x.shape) for f in self.fields.values() for x in f.leaves]
+        return {x.path: f"{x.dtype}{list(shape)}" for x, shape in specs}
 
     @property
     def digest(self) -> bytes:

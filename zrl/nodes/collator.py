@@ -53,7 +53,8 @@ from zrl.protocol.slots import SlotTable, Unmap
 
 TICK = 1.0  # seconds between two looks at the clock
 MAX_FRAGMENT_BYTES = 256 << 20
-MOST_WARNINGS, MOST_TEXT = 20, 300  # of workers that are gone, in a second; characters of each
+MOST_WARNINGS, MOST_TEXT = 20, 500  # of workers that are gone, in a second; characters of each
+MOST_LINES = 5  # of leaves that are not as they should be
 DRAIN_SHARE = 0.3  # of the time for closing, in which workers may finish by themselves
 
 logger = logging.getLogger("zrl")
@@ -539,11 +540,19 @@ class Collator:
             spec = FragmentSpec.from_plain(attach.spec, most_nbytes=plan.max_fragment_bytes)
         except RecordError as error:
             raise _Refusal("spec", str(error)) from None
-        if spec.digest != attach.digest or (spec.n_steps, spec.n_columns) != (plan.n_steps, plan.n_columns):
-            raise _Refusal("spec", f"steps and columns: expected {(plan.n_steps, plan.n_columns)}, or another digest")
+        if (spec.n_steps, spec.n_columns) != (plan.n_steps, plan.n_columns):
+            expected, found = (plan.n_steps, plan.n_columns), (spec.n_steps, spec.n_columns)
+            raise _Refusal("spec", f"steps and columns: expected {expected}, found {found}")
+        if spec.digest != attach.digest:
+            raise _Refusal("spec", "the digest is that of another specification")
         if self.spec is not None and self.spec.digest != spec.digest:
             lines = self.spec.differences(spec)
-            raise _Refusal("spec", "fragments unlike those of this run:\n" + "\n".join(lines[:50]))
+            more = f"; and {len(lines) - MOST_LINES} leaves more" if len(lines) > MOST_LINES else ""
+            raise _Refusal(
+                "spec",
+                f"its fragments are not those of this run's first worker, so its environments or its actor are others: "
+                f"{'; '.join(lines[:MOST_LINES])}{more}",
+            )
         return spec
 
     def _send_weights(self, c: p.SendWeights) -> None:

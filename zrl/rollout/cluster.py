@@ -47,7 +47,8 @@ def rollout(
     `zrl.rollout.multi.rollout`, where the arguments are explained, except:
 
     Args:
-        env: name of the environment, for the hosts: a Gymnasium id.
+        env: name of the environment, for the hosts: a Gymnasium id, or ``module:id`` where importing the module
+            registers the id. No function: nothing is sent that would run there.
         actor: the learner's actor.
         n_slots: K, slots of each worker.
         bind: URL or URLs to listen at: ``tcp://127.0.0.1:5555``, ``ipc:///path/to.sock``.
@@ -74,8 +75,7 @@ def rollout(
             f"n_actors: with max_lag=0 it must be given, n_per_batch={n_per_batch} be a multiple of it, and its slots "
             f"be enough for a batch; not {n_actors} with {n_slots} slots each"
         )
-    if not env or not actor_name:
-        raise ConfigError("env, actor_name: hosts know environment and actor by their names; give both")
+    _check_names(env, actor_name)
     check_run(worker_mode, entropy, info_keys, starve_timeout)
     to = usable_device(device or "cpu")
     seed = secrets.randbits(64) if entropy is None else entropy
@@ -104,6 +104,24 @@ def rollout(
             publisher.close()
             raise
         return PipelineRollout(collator, publisher, entropy=seed, auto_publish=auto_publish, debug=debug)
+
+
+def _check_names(env: object, actor_name: object) -> None:
+    for name, value, kind, instead in (
+        (
+            "env",
+            env,
+            "a Gymnasium id, or module:id",
+            "register it with gymnasium.register(id, entry_point) in a module that the hosts have, and start them with "
+            "zrl worker --import MODULE",
+        ),
+        ("actor_name", actor_name, "module:function", "let a function in a module that the hosts have make it"),
+    ):
+        if not isinstance(value, str) or not value:
+            raise ConfigError(
+                f"{name}: hosts know environment and actor by their names, for no code travels to them: "
+                f"expected {kind}, not {value!r:.100}; {instead}"
+            )
 
 
 def _started(collator: Collator) -> Collator:

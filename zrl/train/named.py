@@ -39,6 +39,9 @@ class EnvFactory:
             return gym.make(self.env_id, disable_env_checker=True, **(self.kwargs or {}))
         except Exception as e:
             hint = "" if not isinstance(e, gym.error.UnregisteredEnv) else "; list ids with gymnasium.pprint_registry()"
+            if hint and ":" in self.env_id:
+                module, _, name = self.env_id.partition(":")
+                hint = f"; expected module:id, where importing {module} registers the id {name}; no function of it"
             given = f" with {dict(self.kwargs)}" if self.kwargs else ""
             raise EnvError(
                 f"Gymnasium cannot make {self.env_id!r}{given} ({describe(e)}){hint}", env_index=-1, phase="factory"

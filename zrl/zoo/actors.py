@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from zrl import algo
 from zrl.collect.actor import BaseActorModule
+from zrl.collect.encoding import TextCodes
 from zrl.collect.spaces import space_leaves
 from zrl.data.spec import flatten
 from zrl.errors import ActorError
@@ -22,39 +25,41 @@ from zrl.errors import ActorError
 class Features(nn.Module):
     """Observations of any nesting as one vector: ``[T, B, n]`` float32, where `n` is `size`.
 
-    Box and MultiBinary leaves are flattened, Discrete and MultiDiscrete ones become one-hot vectors.
+    Box and MultiBinary leaves are flattened, Discrete and MultiDiscrete ones become one-hot vectors, and so does every
+    character of a Text, with padding as one more. Of a OneOf all alternatives are there, beside a one-hot index.
     """
 
     def __init__(self, space: gym.Space[Any]) -> None:
         super().__init__()
-        self._nested = space_leaves(space, "observation_space")
-        self._spaces, _ = flatten(self._nested)
-        self.size = sum(gym.spaces.flatdim(s) for s in self._spaces)
+        self._spaces, tree = flatten(space_leaves(space, "observation_space"))
+        self._paths = tree.paths()
+        self.size = sum(map(_size, self._spaces))
         self._plain = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
 
     def forward(self, obs: Any) -> Tensor:
         if self._plain:
             x: Tensor = obs
             return x if x.dtype == torch.float32 else x.float()
-        return torch.cat([_encode(s, x) for s, x in zip(self._spaces, _leaves(self._nested, obs), strict=True)], dim=-1)
+        # one by one: for a Tuple space a list or a namedtuple will do too
+        leaves = [functools.reduce(operator.getitem, path, obs) for path in self._paths]
+        return torch.cat([_encode(s, x) for s, x in zip(self._spaces, leaves, strict=True)], dim=-1)
 
 
-def _leaves(spaces: Any, obs: Any) -> list[Tensor]:
-    """Leaves of an observation in the order of `flatten`; for a Tuple space a list or a namedtuple will do too."""
-    if isinstance(spaces, dict):
-        return [x for key in sorted(spaces) for x in _leaves(spaces[key], obs[key])]
-    if isinstance(spaces, tuple):
-        return [x for sub, y in zip(spaces, obs, strict=True) for x in _leaves(sub, y)]
-    return [obs]
+def _size(space: gym.Space[Any]) -> int:
+    if isinstance(space, TextCodes):
+        return space.text.max_length * (space.padding + 1)
+    return gym.spaces.flatdim(space)
 
 
 def _encode(space: gym.Space[Any], x: Tensor) -> Tensor:
+    if isinstance(space, TextCodes):
+        return nn.functional.one_hot(x.long(), space.padding + 1).flatten(2).float()
     if isinstance(space, gym.spaces.Discrete):
         return nn.functional.one_hot(x.long() - int(space.start), int(space.n)).float()
     if isinstance(space, gym.spaces.MultiDiscrete):
         x, sizes, starts = x.flatten(2), space.nvec.ravel().tolist(), space.start.ravel().tolist()
         hot = [nn.functional.one_hot(x[..., i].long() - starts[i], n) for i, n in enumerate(sizes)]
-        return torch.cat(hot, dim=-1).float()
+        return torch.cat(hot, dim=-1).float() if hot else x.float()
     return x.flatten(2).float() if x.dim() > 2 else x.unsqueeze(-1).float()
 
 
