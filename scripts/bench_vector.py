@@ -6,9 +6,10 @@ As in ``bench_collect.py`` loops take turns, rates are of CPU time (threads of a
 the median of the rounds' ratios. A bare loop calls the actor's forward with sampling and ``step`` of the same kind of
 environment, which resets itself as it likes, and records nothing. The last line is one flat JSON object:
 
-- ``vector_over_bare``: `collect` with a NumPy vector environment of 1,024 columns and episodes of 200 steps, all of
-  them truncated: 5 of the columns end in each step.
-- ``vector_short_over_bare``: the same with episodes of some 22 steps: 46 columns end in each step.
+- ``vector_over_bare``: `collect` with a NumPy vector environment of 1,024 columns that resets its
+  columns itself (SAME_STEP); episodes of 200 steps, all truncated: 5 columns end in each step.
+- ``vector_late_over_bare``: the same, but ended columns are reset by a call of their own (NEXT_STEP).
+- ``vector_short_over_bare``: this again with episodes of some 22 steps: 46 columns end in each step.
 - ``envpool_over_bare``: `collect` with CartPole-v1 in an EnvPool of 256 columns; 0 where EnvPool is not installed.
 - ``share_env`` and so on: time by stage of the first, ``envpool_share_env`` and so on of the second.
 """
@@ -38,21 +39,21 @@ N_NUMPY, N_POOL = 1024, 256
 
 
 class Vector(VectorEnv[Any, Any, Any]):
-    """An environment of `n` columns in NumPy. The step after an end begins the next episode, unless it was reset."""
+    """An environment of `n` columns in NumPy, in either of the modes in which it resets itself."""
 
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 (Gymnasium's way)
-
-    def __init__(self, name: str, n: int, n_state: int, limit: int) -> None:
+    def __init__(self, name: str, n: int, n_state: int, limit: int, mode: AutoresetMode) -> None:
+        self.metadata = {"autoreset_mode": mode}
         self.num_envs = n
         single = gym.make(name)
         self.single_observation_space, self.single_action_space = single.observation_space, single.action_space
         self.observation_space = batch_space(self.single_observation_space, n)
         self.action_space = batch_space(self.single_action_space, n)
-        self._state = np.zeros((n_state, n))
+        self._state = np.zeros((n, n_state))
         self._ended = np.zeros(n, bool)
         self._limit = limit
         # so that not all columns reach the limit at once
         self._length = np.arange(n) % limit
+        self._same_step = mode is AutoresetMode.SAME_STEP
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -60,25 +61,33 @@ class Vector(VectorEnv[Any, Any, Any]):
             self._begin(options["reset_mask"])
         else:
             self._state[:] = self._first(self.num_envs)
-        return self._state.T.astype(np.float32), {}
+        return self._state.astype(np.float32), {}
 
     def _begin(self, mask: Any) -> None:
-        self._state[:, mask] = self._first(np.count_nonzero(mask))
+        self._state[mask] = self._first(np.count_nonzero(mask))
         self._ended[mask] = False
         self._length[mask] = 0
 
     def _first(self, n: Any) -> Any:
-        return self.np_random.uniform(-0.05, 0.05, (len(self._state), n))
+        return self.np_random.uniform(-0.05, 0.05, (n, self._state.shape[1]))
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         begun = self._ended
         self._move(actions)
         self._length += 1
-        if begun.any():
+        if begun.any():  # the step of these columns is to begin their episode
             self._begin(begun.copy())
         terminated, truncated = self._is_over(), self._length >= self._limit
-        self._ended = terminated | truncated
-        return self._state.T.astype(np.float32), np.ones(self.num_envs), terminated, truncated, {}
+        ended = terminated | truncated
+        info: dict[str, Any] = {}
+        obs = self._state.astype(np.float32)
+        if not self._same_step:
+            self._ended = ended
+        elif ended.any():
+            info = {"final_obs": obs, "_final_obs": ended}
+            self._begin(ended)
+            obs = self._state.astype(np.float32)
+        return obs, np.ones(self.num_envs), terminated, truncated, info
 
     def _move(self, actions: Any) -> None:
         raise NotImplementedError
@@ -91,42 +100,46 @@ class CartPoles(Vector):
     """The dynamics of CartPole-v1: an actor that has learnt nothing keeps a pole up for some 22 steps."""
 
     def __init__(self, n: int) -> None:
-        super().__init__("CartPole-v1", n, 4, limit=500)
+        super().__init__("CartPole-v1", n, 4, 500, AutoresetMode.NEXT_STEP)
 
     def _move(self, actions: Any) -> None:
-        x, v, angle, w = self._state
+        x, v, angle, w = self._state.T
         force = np.where(actions == 1, 10.0, -10.0)
         cos, sin = np.cos(angle), np.sin(angle)
         push = (force + 0.05 * w * w * sin) / 1.1
         spin = (9.8 * sin - cos * push) / (0.5 * (4.0 / 3.0 - 0.1 * cos * cos / 1.1))
         slide = push - 0.05 * spin * cos / 1.1
-        self._state = np.stack([x + 0.02 * v, v + 0.02 * slide, angle + 0.02 * w, w + 0.02 * spin])
+        self._state = np.stack([x + 0.02 * v, v + 0.02 * slide, angle + 0.02 * w, w + 0.02 * spin], 1)
 
     def _is_over(self) -> Any:
-        return (np.abs(self._state[0]) > 2.4) | (np.abs(self._state[2]) > 0.2095)
+        return (np.abs(self._state[:, 0]) > 2.4) | (np.abs(self._state[:, 2]) > 0.2095)
 
 
 class MountainCars(Vector):
     """The dynamics of MountainCar-v0: an actor that has learnt nothing never arrives, and is cut after 200 steps."""
 
-    def __init__(self, n: int) -> None:
-        super().__init__("MountainCar-v0", n, 2, limit=200)
+    def __init__(self, n: int, mode: AutoresetMode) -> None:
+        super().__init__("MountainCar-v0", n, 2, 200, mode)
 
     def _first(self, n: Any) -> Any:
-        return np.stack([self.np_random.uniform(-0.6, -0.4, n), np.zeros(n)])
+        return np.stack([self.np_random.uniform(-0.6, -0.4, n), np.zeros(n)], 1)
 
     def _move(self, actions: Any) -> None:
-        x, v = self._state
+        x, v = self._state.T
         v = np.clip(v + (actions - 1) * 0.001 - 0.0025 * np.cos(3 * x), -0.07, 0.07)
         x = np.clip(x + v, -1.2, 0.6)
-        self._state = np.stack([x, np.where((x <= -1.2) & (v < 0), 0.0, v)])
+        self._state = np.stack([x, np.where((x <= -1.2) & (v < 0), 0.0, v)], 1)
 
     def _is_over(self) -> Any:
-        return self._state[0] >= 0.5
+        return self._state[:, 0] >= 0.5
 
 
 def mountain_cars() -> Vector:
-    return MountainCars(N_NUMPY)
+    return MountainCars(N_NUMPY, AutoresetMode.SAME_STEP)
+
+
+def late_mountain_cars() -> Vector:
+    return MountainCars(N_NUMPY, AutoresetMode.NEXT_STEP)
 
 
 def cart_poles() -> Vector:
@@ -152,6 +165,7 @@ def collecting(actor: Actor, factory: Callable[..., Any], n: int) -> tuple[Rate,
 
 
 def bare(actor: Actor, env: Any, n: int) -> Rate:
+    late = env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     obs = env.reset()[0]
     act, rew = torch.zeros(1, n, dtype=torch.int64), torch.zeros(1, n)
     fin = torch.zeros(1, n, dtype=torch.bool)
@@ -163,7 +177,8 @@ def bare(actor: Actor, env: Any, n: int) -> Rate:
             for _ in range(T):
                 actions, _, _ = actor(torch.from_numpy(obs).unsqueeze(0), act, rew, fin, hx=None)
                 obs, _, terminated, truncated, _ = env.step(actions[0].numpy())
-                begun += int(np.count_nonzero(terminated | truncated))
+                if late:
+                    begun += int(np.count_nonzero(terminated | truncated))
         return T * n - begun
 
     return lambda seconds: run_for(seconds, once)
@@ -179,10 +194,12 @@ def main() -> None:
     actor, driver = Actor(), Actor(2)
     loops: dict[str, Rate] = {
         "bare": bare(driver, mountain_cars(), N_NUMPY),
+        "late_bare": bare(driver, late_mountain_cars(), N_NUMPY),
         "short_bare": bare(actor, cart_poles(), N_NUMPY),
     }
     contexts: dict[str, Context] = {}
     loops["vector"], contexts["share_"] = collecting(driver, mountain_cars, N_NUMPY)
+    loops["late"], contexts["late_share_"] = collecting(driver, late_mountain_cars, N_NUMPY)
     loops["short"], contexts["short_share_"] = collecting(actor, cart_poles, N_NUMPY)
     if importlib.util.find_spec("envpool"):
         loops["envpool_bare"] = bare(actor, pool_env(), N_POOL)
@@ -205,6 +222,7 @@ def main() -> None:
         print(f"{name:15s} {statistics.median(values):12,.0f} steps/s")
     result: dict[str, float] = {
         "vector_over_bare": ratio("vector", "bare"),
+        "vector_late_over_bare": ratio("late", "late_bare"),
         "vector_short_over_bare": ratio("short", "short_bare"),
         "envpool_over_bare": ratio("envpool", "envpool_bare"),
         **{

@@ -41,7 +41,14 @@ KEYS = {
     "bench_startup.py": (["--workers", "2", "--repeats", "1"], ["first_batch_s", "first_batch_spawn_s", "close_s"]),
     "bench_vector.py": (
         ["--seconds", "0.02", "--rounds", "1"],
-        ["vector_over_bare", "vector_short_over_bare", "envpool_over_bare", "share_env", "share_reset"],
+        [
+            "vector_over_bare",
+            "vector_late_over_bare",
+            "vector_short_over_bare",
+            "envpool_over_bare",
+            "share_env",
+            "share_reset",
+        ],
     ),
     "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
 }

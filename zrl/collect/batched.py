@@ -40,8 +40,8 @@ class BatchWriter:
         for j in range(self._n):
             self._one.write_one(j, column_of(self._space, obs, j), row.obs, phase)
 
-    def write_some(self, obs: Any, rows: Array, columns: Array, arrays: Sequence[Array]) -> None:
-        """Rows of `obs` into `columns` of one array ``[B, ...]`` per leaf: first observations."""
+    def write_some(self, obs: Any, rows: Array, columns: Array, arrays: Sequence[Array], phase: str = "reset") -> None:
+        """Rows of `obs` into `columns` of one array ``[B, ...]`` per leaf."""
         leaves = self._leaves(obs)
         if leaves and all(
             x.dtype == a.dtype and x.shape[1:] == a.shape[1:] for x, a in zip(leaves, arrays, strict=True)
@@ -50,14 +50,15 @@ class BatchWriter:
                 a[columns] = x.take(rows, 0)  # five times as fast as x[rows]
             return
         for r, j in zip(rows.tolist(), columns.tolist(), strict=True):
-            self._one.write_one(j, column_of(self._space, obs, r), arrays, "reset")
+            self._one.write_one(j, column_of(self._space, obs, r), arrays, phase)
 
     def write_each(self, observations: Any, columns: Array, arrays: Sequence[Array], phase: str) -> None:
         """Final observations: an array of objects, one a column, as the environments made them; or a usual batch."""
-        apart = isinstance(observations, np.ndarray) and observations.dtype == object
+        if not (isinstance(observations, np.ndarray) and observations.dtype == object):
+            self.write_some(observations, columns, columns, arrays, phase)
+            return
         for j in columns.tolist():
-            obs = in_containers_of(self._example, observations[j]) if apart else column_of(self._space, observations, j)
-            self._one.write_one(j, obs, arrays, phase)
+            self._one.write_one(j, in_containers_of(self._example, observations[j]), arrays, phase)
 
     def _leaves(self, obs: Any) -> Sequence[Any]:
         """The leaves if all of them are arrays; else none."""
