@@ -84,7 +84,7 @@ def recorded(space: Any, x: Any, *, chosen: bool = False) -> Any:
         alternatives[index] = recorded(space.spaces[index], value, chosen=True)
         return np.int64(index), tuple(alternatives)
     if isinstance(space, s.Text):
-        codes = [space.character_index(c) for c in x]
+        codes = [sorted(space.character_set).index(c) for c in x]
         return np.array(codes + [len(space.character_set)] * (space.max_length - len(x)), np.int32)
     return np.asarray(x, space.dtype)
 
@@ -111,7 +111,7 @@ def decoded(space: Any, a: Any) -> Any:
     if isinstance(space, s.OneOf):
         return int(a[0]), decoded(space[int(a[0])], a[1][int(a[0])])
     if isinstance(space, s.Text):
-        return "".join(space.character_list[code] for code in a.tolist() if code < len(space.character_set))
+        return "".join(sorted(space.character_set)[code] for code in a.tolist() if code < len(space.character_set))
     if isinstance(space, s.Discrete):
         return int(a)
     x = np.asarray(a)

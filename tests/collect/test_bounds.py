@@ -75,7 +75,7 @@ def test_in_sticky_fragments_too() -> None:
             "2, where 0 to 1 is allowed",
         ),
     ],
-    ids=lambda x: str(x)[:30],
+    ids=lambda x: None if callable(x) else str(x)[:30],
 )
 def test_by_leaf(space: Any, wrong: Any, leaf: str, found: str) -> None:
     def right(x: Any) -> Any:

@@ -634,17 +634,6 @@ def test_events_wake_an_asyncio_loop(zygote: Zygote) -> None:
     assert sorted(event.code or 0 for event in events if isinstance(event, Ended)) == [0, 1]
 
 
-def test_fork_is_fast(zygote: Zygote, tmp_path: Path) -> None:
-    """8 children run their first line; 6 s from call to first batch leave no room for more than this."""
-    until(lambda: zygote.ready, zygote)
-    begin = time.monotonic()
-    children = [zygote.fork(f"worker-{i}", ("say_when", str(tmp_path / str(i)))) for i in range(8)]
-    for child in children:
-        ended(zygote, child)
-    whens = [written(zygote, tmp_path / str(i)) for i in range(8)]
-    assert max(whens) - begin < 2
-
-
 def test_the_watch_for_systems_that_do_not_kill_orphans() -> None:
     program = (
         "import sys, signal; from zrl.nodes import child; child._watch(0); print('up', flush=True); signal.pause()"

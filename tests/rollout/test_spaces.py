@@ -29,7 +29,7 @@ MORE: dict[str, Any] = {"entropy": 3, "max_lag": 0, "keep_final_obs": True}
 
 def check(it: Iterator[Batch], n_workers: int) -> None:
     """The first three batches are what the workers' environments give when they are played again."""
-    replays = [Replay([every_env() for _ in range(B)], env_seeds(3, index, 0, B)) for index in range(n_workers)]
+    replays = [Replay([every_env() for _ in range(B)], env_seeds(3, index, 0, B + 1)[:B]) for index in range(n_workers)]
     for batch in itertools.islice(it, 3):
         assert [meta.worker for meta in batch.meta] == list(range(n_workers))
         for i, replay in enumerate(replays):

@@ -28,9 +28,9 @@ class BaseActorModule(torch.nn.Module):
       state before row t where ``fin[t]`` (`zrl.algo.unroll` does it) and returns a *new* ``hx``.
     - ``actions``: in the values and the nesting of the action space, ``[T, B, ...]``. Box actions are clipped on their
       way into the environment, and recorded as sampled. A Text is integer codes ``[T, B, max_length]``: the
-      ``character_index`` of each character, then nothing but padding, ``len(character_set)``. A OneOf is ``(index,
-      (alternative 0, alternative 1, ...))``, index ``[T, B]``: all alternatives, of which the chosen one counts.
-      Observations of these spaces look the same.
+      place of each character among the sorted ones, then nothing but padding, ``len(character_set)``. A OneOf is
+      ``(index, (alternative 0, alternative 1, ...))``, index ``[T, B]``: all alternatives, of which the chosen one
+      counts. Observations of these spaces look the same.
     - ``info``: a dict whose ``"value"`` is ``[T, B]``; all else in it is recorded beside it.
 
     An actor must not write its inputs, draws random numbers from torch's default generators only, and samples when

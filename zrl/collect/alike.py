@@ -32,8 +32,6 @@ def _alike(first: Any, other: Any, bounds: bool) -> bool:
     """Two leaves; or a leaf and a container, or no space at all."""
     if isinstance(first, gym.spaces.Box) and isinstance(other, gym.spaces.Box) and not bounds:
         return first.shape == other.shape and first.dtype == other.dtype
-    if isinstance(first, gym.spaces.Text) and isinstance(other, gym.spaces.Text):
-        return first == other and first.character_list == other.character_list  # the order makes the codes
     return bool(first == other)
 
 
@@ -42,5 +40,4 @@ def _keys(space: gym.spaces.Dict) -> str:
 
 
 def _in_words(x: Any) -> str:
-    order = f" in the order {''.join(x.character_list)!r:.80}" if isinstance(x, gym.spaces.Text) else ""
-    return " ".join(str(x).split()) + order
+    return " ".join(str(x).split())

@@ -19,11 +19,12 @@ from zrl.collect.setup import set_up
 from zrl.collect.spaces import Environments, EnvLayout, check_alike, make_env, probe_env
 from zrl.collect.streams import RandomStreams, env_seeds, setup_generator
 from zrl.collect.vector import VectorColumns
-from zrl.collect.vector_probe import check_pool_seeds, check_vector, is_pool, is_vector, probe_vector
+from zrl.collect.vector_probe import check_pool_seeds, check_vector, holds_pool, is_vector, probe_vector
 from zrl.errors import ConfigError
 from zrl.metrics import StageTimes
 
 CPU = torch.device("cpu")
+ANOTHER_KIND = "the factory made a plain environment and a vector of them; it must make the same kind at each call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,8 @@ def _columns(
     """The layout, and the run's environments; those that were made here are registered for closing in `made`."""
     own, last = list(seeds[:-1]), seeds[-1]
     if is_vector(factory):
-        layout, partial = probe_vector(factory, o.info_keys, seeds=[], may_step=False)
-        return layout, _vector(factory, layout, [] if is_pool(factory) else own, partial, o, times)
+        layout, obstacle = probe_vector(factory, o.info_keys, seeds=[], may_step=False)
+        return layout, _vector(factory, layout, [] if holds_pool(factory) else own, obstacle, o, times)
     if not callable(factory):
         envs = list(factory)
         if len(envs) != o.n_columns:
@@ -122,9 +123,9 @@ def _columns(
     scratch = make_env(factory, last, -1)
     with contextlib.closing(scratch):
         if is_vector(scratch):
-            seeded = [] if is_pool(scratch) else [last] * int(scratch.num_envs)
-            layout, partial = probe_vector(scratch, o.info_keys, seeds=seeded, may_step=True)
-            check_vector(scratch, o.n_columns, sticky=o.sticky, partial=partial)
+            seeded = [] if holds_pool(scratch) else [last] * int(scratch.num_envs)
+            layout, obstacle = probe_vector(scratch, o.info_keys, seeds=seeded, may_step=True)
+            check_vector(scratch, o.n_columns, sticky=o.sticky, obstacle=obstacle)
         else:
             layout = probe_env(scratch, o.info_keys, seed=last, may_step=True)
     if is_vector(scratch):
@@ -132,24 +133,26 @@ def _columns(
         made.callback(env.close)
         _check_new(scratch, env)
         if not is_vector(env):
-            raise ConfigError("the factory made a vector environment, then a plain one; it must make the same kind")
+            raise ConfigError(ANOTHER_KIND)
         check_alike(env, layout, 0, prefix="single_")
-        if is_pool(env):
+        if holds_pool(env):
             check_pool_seeds(factory, env, own)
-        return layout, _vector(env, layout, [] if is_pool(env) else own, partial, o, times)
+        return layout, _vector(env, layout, [] if holds_pool(env) else own, obstacle, o, times)
     envs = []
     for j in range(o.n_columns):
         envs.append(make_env(factory, own[j], j))
         made.callback(envs[-1].close)
+        if is_vector(envs[-1]):
+            raise ConfigError(ANOTHER_KIND)
     _check_new(scratch, *envs)
     return layout, PlainColumns(envs, layout, own, times, debug=o.debug)
 
 
 def _vector(
-    env: Any, layout: EnvLayout, seeds: list[int], partial: bool, o: CollectOptions, times: StageTimes
+    env: Any, layout: EnvLayout, seeds: list[int], obstacle: str, o: CollectOptions, times: StageTimes
 ) -> VectorColumns:
-    check_vector(env, o.n_columns, sticky=o.sticky, partial=partial)
-    return VectorColumns(env, layout, seeds, times, partial=partial, debug=o.debug)
+    check_vector(env, o.n_columns, sticky=o.sticky, obstacle=obstacle)
+    return VectorColumns(env, layout, seeds, times, partial=not obstacle, debug=o.debug)
 
 
 def _check_new(*envs: Any) -> None:

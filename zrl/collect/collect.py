@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
-from zrl.collect.cut import CutEpisodes, value_of
+from zrl.collect.cut import CutEpisodes, is_default, value_of
 from zrl.collect.envs import Columns, Ends, check_rewards
 from zrl.collect.spaces import describe
 from zrl.collect.streams import RandomStreams
@@ -56,9 +56,9 @@ def collect(ctx: Context, slot: Slot) -> None:
             stepping += clock() - t1
             returns += columns.rewards
             if columns.dummies:
-                hx = _skip(ctx, columns.dummies, t, row, hx)
+                hx = _skip(ctx, columns.dummies, t, row, nxt, hx)
             if ends is not None:
-                hx = _end_episodes(ctx, ends, t, nxt, hx)
+                hx = _end_episodes(ctx, slot, ends, t, hx)
                 if ctx.sticky and t + 1 < ctx.n_steps:
                     live = _freeze(ctx, slot, t + 1, ends, live)
                     if not live:
@@ -143,7 +143,7 @@ class Context:
         self.write = OutputWriter(self.spec)
         self.carry = Slot(self.spec.with_steps(1)).rows[0]
         # an actor without recurrent state need not be told of ends, unless it wants to be
-        self.resets = bool(flatten(self.initial_hx)[0]) or type(self.actor).reset is not BaseActorModule.reset
+        self.resets = bool(flatten(self.initial_hx)[0]) or not is_default(self.actor.reset, BaseActorModule.reset)
         self.cut = CutEpisodes(self)
         self.restart()
 
@@ -244,13 +244,13 @@ def _begin(ctx: Context, slot: Slot) -> Any:
     return ctx.hx
 
 
-def _end_episodes(ctx: Context, ends: Ends, t: int, nxt: Row, hx: Any) -> Any:
+def _end_episodes(ctx: Context, slot: Slot, ends: Ends, t: int, hx: Any) -> Any:
     """Write what the ends of episodes add to row t+1, begin the next ones, and return h_{t+1} after the resets."""
-    started = perf_counter()
-    ended = ends.columns
+    started, acting = perf_counter(), ctx.times.actor
+    ended, nxt = ends.columns, slot.rows[t + 1]
     if False in ends.terminated:
         # row t+1 holds the true final observations until `begin` replaces them, and fin is still False
-        ctx.cut.keep(t + 1, ended, ends.terminated, nxt, hx)
+        ctx.cut.keep(slot, t + 1, ends, hx)
     write = _write_ends if type(ended) is list and len(ended) < MANY else _write_many_ends
     write(ctx, ends, ctx.clock + t + 1, nxt)
     if nxt.final_obs:
@@ -258,7 +258,7 @@ def _end_episodes(ctx: Context, ends: Ends, t: int, nxt: Row, hx: Any) -> Any:
             kept[ended] = obs[ended]
     ctx.columns.begin(ended, nxt)
     hx = _reset_state(ctx, ended, hx)
-    ctx.times.reset += perf_counter() - started
+    ctx.times.reset += perf_counter() - started - (ctx.times.actor - acting)
     return hx
 
 
@@ -294,17 +294,19 @@ def _reset_state(ctx: Context, columns: Sequence[int] | Array, hx: Any) -> Any:
     """The recurrent state with `columns` back at its initial value, one after the other unless that is zero."""
     if not ctx.resets:
         return hx
-    if type(ctx.actor).reset is BaseActorModule.reset and all(h.is_floating_point() for h in flatten(hx)[0]):
+    if is_default(ctx.actor.reset, BaseActorModule.reset) and all(h.is_floating_point() for h in flatten(hx)[0]):
         return map_leaves(lambda h: h.index_fill(1, torch.as_tensor(columns, device=h.device), 0), hx)
     for j in columns:
         hx = ctx.actor.reset(int(j), hx)
     return hx
 
 
-def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, hx: Any) -> Any:
-    """The step of these columns only began their episode: no action was taken at row t; h_{t+1} is reset."""
+def _skip(ctx: Context, dummies: Sequence[int], t: int, row: Row, nxt: Row, hx: Any) -> Any:
+    """The step of these columns only began their episode: no action was taken at row t. Row t+1 says that it begins
+    one, like the very first row, so that h_{t+1} is reset by whoever goes through the rows again, too."""
     for j in dummies:
         row.mask[j] = False
+        nxt.fin[j] = nxt.term[j] = True
         ctx.starts[j] = ctx.clock + t + 1
     return _reset_state(ctx, dummies, hx)
 

@@ -1,4 +1,4 @@
-"""Values of the true final observations of truncated episodes, asked for once a fragment."""
+"""Values of the true final observations of truncated episodes, asked for by the row, not by the step."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
 from zrl.collect.streams import undrawn
-from zrl.data.fragment import Array, Inputs, Row, Slot
+from zrl.data.fragment import Array, Inputs, Slot
 from zrl.data.spec import flatten
 from zrl.errors import ActorError
 
 if TYPE_CHECKING:
     from zrl.collect.collect import Context
+    from zrl.collect.envs import Ends
 
 
 class CutEpisodes:
     """What ``value`` is to be asked of the episodes that were truncated within the fragment in hand.
 
-    The weights do not change within a fragment, so it may be asked at its end, of all of them at once: with many
-    columns something is truncated at nearly every step, and a call each would double what the actor costs. An actor
-    with a ``setup`` knows which column is which; it is asked at once, of all columns of the step.
+    The weights do not change within a fragment, so it may be asked at its end, or once B of them have come together:
+    with many columns something is truncated at nearly every step, and a call each would double what the actor costs.
+    An actor with a ``setup`` knows which column is which; it is asked at once, of all columns of the step.
     """
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         fields = ctx.spec.fields
         self._obs, self._act = fields["state.obs"], fields["state.act"]
-        self._at_once = type(ctx.actor).setup is not BaseActorModule.setup
+        self._at_once = not is_default(ctx.actor.setup, BaseActorModule.setup)
         self.clear()
 
     def clear(self) -> None:
@@ -42,9 +43,13 @@ class CutEpisodes:
         self._leaves: list[list[Array]] = []  # obs, act, rew, each [k, ...]
         self._hx: list[list[Tensor]] = []
 
-    def keep(self, t: int, ended: Sequence[int] | Array, terminated: Sequence[bool] | Array, row: Row, hx: Any) -> None:
-        """Keep what is known at row `t`: it holds the true final observations still, `hx` is h_t before the resets."""
-        columns = np.asarray(ended)[np.logical_not(terminated)]
+    def keep(self, slot: Slot, t: int, ends: Ends, hx: Any) -> None:
+        """Keep what is known at row `t`: it holds the true final observations still, `hx` is h_t before the resets.
+
+        To be called in inference mode. Never more than two rows' worth is kept.
+        """
+        row = slot.rows[t]
+        columns = np.asarray(ends.columns)[np.logical_not(ends.terminated)]
         if self._at_once:
             row.final_value[columns] = value_of(self._ctx, self._ctx.read(row), hx).numpy()[columns]
             return
@@ -55,9 +60,11 @@ class CutEpisodes:
         if states:
             index = torch.from_numpy(columns).to(states[0].device)
             self._hx.append([h.index_select(1, index) for h in states])
+        if sum(map(len, self._columns)) >= self._ctx.spec.n_columns:
+            self.write(slot)
 
     def write(self, slot: Slot) -> None:
-        """Ask for the values, of at most B episodes at a time, and write them into ``final_value``.
+        """Ask for the values, of at most B episodes at a time, write them into ``final_value``, and forget the rest.
 
         To be called in inference mode.
         """
@@ -71,6 +78,7 @@ class CutEpisodes:
         values = [self._values(leaves, states, k, k + most) for k in range(0, n, most)]
         rows = np.repeat(self._rows, [len(columns) for columns in self._columns])
         slot.np.final_value[rows, np.concatenate(self._columns)] = torch.cat(values)[:n].numpy()
+        self.clear()
 
     def _values(self, leaves: Sequence[Tensor], states: Sequence[Tensor], start: int, stop: int) -> Tensor:
         *inputs, rew = (x[:, start:stop].to(self._ctx.device) for x in leaves)
@@ -78,6 +86,12 @@ class CutEpisodes:
         obs, act = self._obs.unflatten(inputs[:n_obs]), self._act.unflatten(inputs[n_obs:])
         hx = flatten(self._ctx.initial_hx)[1].unflatten([h[:, start:stop] for h in states])
         return value_of(self._ctx, (obs, act, rew, torch.zeros_like(rew, dtype=torch.bool)), hx)
+
+
+def is_default(method: Any, default: Any) -> bool:
+    """Whether a bound method is the one that `BaseActorModule` has: neither its class nor the actor itself has
+    another."""
+    return getattr(method, "__func__", None) is default
 
 
 def value_of(ctx: Context, inputs: Inputs, hx: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """Values that are no arrays: how those of a Text and of a OneOf are recorded, and read back as actions.
 
 ======  ==============================================================================================================
-Text    int32 ``[max_length]``: ``character_index`` of each character, and padding behind the last one:
-        ``len(character_set)``
+Text    int32 ``[max_length]``: each character's place among the sorted ones of the space, and padding behind the
+        last one: ``len(character_set)``
 OneOf   ``(index, (alternative 0, alternative 1, ...))``: which one was chosen, an int64 scalar, and what is recorded of
         each. Those that were not chosen hold fillers
 ======  ==============================================================================================================
@@ -204,7 +204,8 @@ class _Text:
         self.leaves = TextCodes(space)
         self._space = space
         self._path = path
-        self._codes = {c: int(space.character_index(c)) for c in space.character_set}
+        # not `character_index`: before 1.4 it followed the order of a set, which is another one in every process
+        self._codes = {c: code for code, c in enumerate(sorted(space.character_set))}
         self._characters = {code: c for c, code in self._codes.items()}
 
     def encode(self, value: Any) -> Array:

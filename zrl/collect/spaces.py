@@ -158,15 +158,29 @@ def reset_env(env: Any, env_index: int, seed: int | None = None) -> Any:
         result = env.reset(seed=seed) if seed is not None else env.reset()
     except Exception as e:
         raise EnvError(f"reset raised {describe(e)}", env_index=env_index, phase="reset") from e
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        raise EnvError(
-            "reset broke the Gymnasium contract",
-            env_index=env_index,
-            phase="reset",
-            expected="(obs, info dict)",
-            found=type(result).__name__,
-        )
+    check_reset(result, env_index)
     return result[0]
+
+
+def check_reset(result: Any, env_index: int) -> None:
+    """Look at what ``reset`` returned.
+
+    Raises:
+        EnvError: it is not ``(obs, info)``.
+    """
+    if isinstance(result, tuple) and len(result) == 2:
+        if isinstance(result[1], dict):
+            return
+        found = f"as info a {type(result[1]).__name__}"
+    else:
+        found = type(result).__name__
+    raise EnvError(
+        "reset broke the Gymnasium contract",
+        env_index=env_index,
+        phase="reset",
+        expected="(obs, info dict)",
+        found=found,
+    )
 
 
 def probe_env(

@@ -24,10 +24,10 @@ from gymnasium.vector import AutoresetMode
 from zrl.collect.batched import BatchActions, BatchWriter
 from zrl.collect.envs import Ends, check_finite, checked_reward, info_writers
 from zrl.collect.spaces import EnvLayout, describe
-from zrl.collect.vector_probe import autoreset_mode, is_pool, present_in, reset_all, reset_some
+from zrl.collect.vector_probe import autoreset_mode, close_vector, is_pool, present_in, reset_all, resetter
 from zrl.collect.writers import LeafWriter
 from zrl.data.fragment import Array, Row
-from zrl.errors import EnvError
+from zrl.errors import EnvError, RecordError
 from zrl.metrics import StageTimes
 
 _NONE: Array = np.empty(0, np.intp)
@@ -44,7 +44,7 @@ class VectorColumns:
         layout: what of it is recorded.
         seeds: of the first reset, one a column; none for an EnvPool, which got them when it was made.
         times: gets the seconds spent in ``env.step`` (stage ``env``).
-        partial: whether a column can be reset alone, as `can_reset_some` says.
+        partial: whether a column can be reset alone, as `zrl.collect.vector_probe.why_not_alone` says.
         debug: refuse what would otherwise be cast or let pass, and look at every value and action.
     """
 
@@ -65,6 +65,7 @@ class VectorColumns:
         self._env = env
         self._mode = autoreset_mode(env)
         self._partial = partial
+        self._reset_alone = resetter(env)
         self._pool = is_pool(env)
         self._seeds = list(seeds)
         self._times = times
@@ -83,7 +84,12 @@ class VectorColumns:
         self.calls[0] += 1
         self._pending = _NONE
         self._strayed.fill(False)
-        self._obs.write(obs, row, "reset")
+        try:
+            self._obs.write(obs, row, "reset")
+        except RecordError:
+            raise
+        except Exception as e:
+            raise _broken_reset(-1, e) from e
 
     def step(self, row: Row, nxt: Row) -> Ends | None:
         actions = self._actions(nxt.act)
@@ -96,6 +102,15 @@ class VectorColumns:
             raise _step_error(f"step raised {describe(e)}") from e
         self._times.env += perf_counter() - started
         self.calls[0] += 1
+        try:
+            return self._record(result, row, nxt)
+        except RecordError:
+            raise
+        except Exception as e:
+            raise _broken(describe(e)) from e
+
+    def _record(self, result: Any, row: Row, nxt: Row) -> Ends | None:
+        """Write what a step returned."""
         obs, terminated, truncated, info = self._take(result)
         self._obs.write(obs, nxt)
         done = terminated | truncated
@@ -118,11 +133,8 @@ class VectorColumns:
 
     def _take(self, result: Any) -> tuple[Any, Array, Array, dict[str, Any]]:
         """``(obs, terminated, truncated, info)`` of a step, its rewards put in their place."""
-        try:
-            obs, rewards, terminated, truncated, info = result
-            flags = np.asarray(terminated), np.asarray(truncated)
-        except Exception as e:
-            raise _broken(describe(e)) from e
+        obs, rewards, terminated, truncated, info = result
+        flags = np.asarray(terminated), np.asarray(truncated)
         for name, flag in zip(("terminated", "truncated"), flags, strict=True):
             if flag.shape != (self.n,) or flag.dtype != bool:
                 raise _broken(f"{name}: {flag.dtype}{list(flag.shape)}")
@@ -178,7 +190,7 @@ class VectorColumns:
         again = frozen[ends.columns]
         columns, terminated = np.asarray(ends.columns), np.asarray(ends.terminated)
         if again.any() and self._mode is AutoresetMode.DISABLED:
-            self._reset_some(columns[again])
+            self._begin_alone(columns[again], None)
         if again.all():
             return None
         infos = [info for info, skip in zip(ends.infos, again, strict=False) if not skip]
@@ -200,22 +212,22 @@ class VectorColumns:
         if strayed.size:
             self._begin_alone(strayed, row)
 
-    def _begin_alone(self, columns: Array, row: Row) -> None:
-        obs, rows = self._reset_some(columns)
-        self._obs.write_some(obs, rows, columns, row.obs)
-
-    def _reset_some(self, columns: Array) -> tuple[Any, Array]:
-        """Reset these columns alone; returns observations, and which rows of them are theirs."""
+    def _begin_alone(self, columns: Array, row: Row | None) -> None:
+        """Reset these columns alone; their first observations into `row`."""
         try:
-            obs, info = reset_some(self._env, columns)
+            obs, info = self._reset_alone(columns)
+            self.calls[0] += 1
+            if row is None:
+                return
+            rows = columns
+            if self._pool:  # it returns the columns that were reset, and no others
+                order = np.argsort(info["env_id"])
+                rows = order[np.searchsorted(info["env_id"], columns, sorter=order)]
+            self._obs.write_some(obs, rows, columns, row.obs)
+        except RecordError:
+            raise
         except Exception as e:
-            what = f"reset of some columns raised {describe(e)}"
-            raise EnvError(what, env_index=int(columns[0]), phase="reset") from e
-        self.calls[0] += 1
-        if not self._pool:
-            return obs, columns
-        order = np.argsort(info["env_id"])  # it returns the columns that were reset, and no others
-        return obs, order[np.searchsorted(info["env_id"], columns, sorter=order)]
+            raise _broken_reset(int(columns[0]), e) from e
 
     def _write_infos(
         self, info: dict[str, Any], final: dict[str, Any], ended: Array, skipped: Array, arrays: Sequence[Array]
@@ -243,7 +255,7 @@ class VectorColumns:
             writer.write_one(int(j), values[j], array)
 
     def close(self) -> None:
-        self._env.close()
+        close_vector(self._env)
 
 
 def _ends(ended: Array, terminated: Array, info: Mapping[str, Any]) -> Ends:
@@ -254,6 +266,10 @@ def _ends(ended: Array, terminated: Array, info: Mapping[str, Any]) -> Ends:
     present = present_in(info, "episode", len(terminated))
     infos = [{"episode": {"r": episode["r"][j], "l": episode["l"][j]}} if present[j] else {} for j in ended.tolist()]
     return Ends(ended, terminated[ended], infos)
+
+
+def _broken_reset(j: int, e: Exception) -> EnvError:
+    return EnvError(f"reset raised, or broke Gymnasium's contract: {describe(e)}", env_index=j, phase="reset")
 
 
 def _step_error(what: str) -> EnvError:

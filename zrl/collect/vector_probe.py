@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -13,7 +12,7 @@ import optree
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from zrl.collect.batched import batch_of, column_of
-from zrl.collect.spaces import EnvLayout, Factory, describe, layout_of, space_leaves, takes_seed
+from zrl.collect.spaces import EnvLayout, Factory, check_reset, describe, layout_of, space_leaves, takes_seed
 from zrl.data.fragment import Array
 from zrl.errors import ConfigError, EnvError
 
@@ -31,6 +30,11 @@ def is_vector(env: Any) -> TypeIs[VectorEnv[Any, Any, Any]]:
 def is_pool(env: Any) -> bool:
     """Whether `env` itself, not what it wraps, is an EnvPool."""
     return any(base.__module__.startswith("envpool.") for base in type(env).__mro__)
+
+
+def holds_pool(env: Any) -> bool:
+    """Whether `env` is an EnvPool or wraps one."""
+    return is_pool(env.unwrapped)
 
 
 def autoreset_mode(env: Any) -> AutoresetMode:
@@ -55,35 +59,42 @@ def autoreset_mode(env: Any) -> AutoresetMode:
         ) from None
 
 
-def check_vector(env: Any, n: int, *, sticky: bool, partial: bool) -> None:
+def check_vector(env: Any, n: int, *, sticky: bool, obstacle: str) -> None:
     """Look whether fragments of `n` columns can be made with a vector environment.
 
+    Args:
+        env: the run's, or one like it.
+        n: B.
+        sticky: whether columns are to be frozen.
+        obstacle: as `why_not_alone` says.
+
     Raises:
-        ConfigError: it has another number of columns, or cannot freeze them.
-        EnvError: its metadata do not name its autoreset mode, it is asynchronous, or no column can be reset in it.
+        ConfigError: it has another number of columns.
+        EnvError: its metadata do not name its autoreset mode, it is asynchronous, or it cannot reset a column alone
+            where that is needed.
     """
     if env.num_envs != n:
         raise ConfigError(
             f"n_envs (n_per_actor): expected the number of columns of the vector environment, {env.num_envs}, not {n}"
         )
     mode = autoreset_mode(env)
-    if is_pool(env) and env.is_async:
+    if holds_pool(env) and env.unwrapped.is_async:
         raise EnvError(
             "an EnvPool must return all columns at each step; leave batch_size out",
             env_index=-1,
             phase="factory",
             expected=f"batch_size={n}",
-            found=str(env.config["batch_size"]),
+            found=str(env.unwrapped.config["batch_size"]),
         )
-    if not partial and (sticky or mode is AutoresetMode.DISABLED):
+    if obstacle and (sticky or mode is AutoresetMode.DISABLED):
         why = "sticky=True freezes columns" if sticky else "its autoreset mode is DISABLED"
         raise EnvError(
             f"{why}, and this vector environment does not reset columns alone; teach it reset(options="
             '{"reset_mask": …}), or choose ' + ("sticky=False" if sticky else "NEXT_STEP"),
             env_index=-1,
             phase="reset",
-            expected="only the columns of the mask reset",
-            found="others, or none",
+            expected="a reset of only the columns in the mask",
+            found=obstacle,
         )
 
 
@@ -93,7 +104,8 @@ def check_pool_seeds(factory: Factory, env: Any, seeds: Sequence[int]) -> None:
     Raises:
         EnvError: the factory does not take them, or does not pass them on.
     """
-    given = env.config.get("env_seed") or env.config.get("seed")
+    config = env.unwrapped.config
+    given = config.get("env_seed") or config.get("seed")
     if not takes_seed(factory) or list(np.atleast_1d(given)) != list(seeds):
         raise EnvError(
             "an EnvPool is seeded when it is made: every worker would play the same episodes. Let the factory take "
@@ -108,8 +120,8 @@ def check_pool_seeds(factory: Factory, env: Any, seeds: Sequence[int]) -> None:
 
 def probe_vector(
     env: Any, info_keys: Mapping[str, Any] | Iterable[str] | None, *, seeds: Sequence[int], may_step: bool
-) -> tuple[EnvLayout, bool]:
-    """Find the leaves of a vector environment, and whether a column can be reset alone (else SAME_STEP must do it).
+) -> tuple[EnvLayout, str]:
+    """Find the leaves of a vector environment, and why no column can be reset alone; empty if one can.
 
     Args:
         env: a scratch instance, or with ``may_step=False`` one that is only reset.
@@ -121,19 +133,38 @@ def probe_vector(
         EnvError, ConfigError: as for `zrl.collect.spaces.probe_env`.
     """
     autoreset_mode(env)
-    space = getattr(env, "single_observation_space", None)
+    space, action_space = (_single_space(env, f"single_{name}_space") for name in ("observation", "action"))
+    if seeds:
+        action_space.seed(seeds[0])  # so that what it is tried with is the same each time
     obs = reset_all(env, seeds)
-    if isinstance(space, gym.Space):
-        space_leaves(space, "single_observation_space")
-    layout = layout_of(
-        _OneColumn(env),
-        column_of(space, obs, 0),
-        env.single_action_space,
-        space,
-        info_keys,
-        may_step=may_step,
-    )
-    return layout, can_reset_some(env, may_step=may_step)
+    try:
+        first = column_of(space, obs, 0)
+    except Exception as e:
+        raise EnvError(
+            "the first observations are not what the observation space says",
+            env_index=-1,
+            phase="reset",
+            leaf="state.obs",
+            expected=f"a batch of {space}",
+            found=f"{type(obs).__name__} ({describe(e)})",
+        ) from e
+    layout = layout_of(_OneColumn(env), first, action_space, space, info_keys, may_step=may_step)
+    return layout, why_not_alone(env, may_step=may_step)
+
+
+def _single_space(env: Any, name: str) -> gym.Space[Any]:
+    space = getattr(env, name, None)
+    if not isinstance(space, gym.Space):
+        raise EnvError(
+            "a vector environment must state the spaces of one column",
+            env_index=-1,
+            phase="spaces",
+            leaf=name,
+            expected="a gymnasium.Space",
+            found=type(space).__name__,
+        )
+    space_leaves(space, name)
+    return space
 
 
 class _OneColumn:
@@ -175,18 +206,32 @@ def sampled(env: Any) -> Any:
     return batch_of(space, [space.sample() for _ in range(env.num_envs)])
 
 
-def can_reset_some(env: Any, *, may_step: bool) -> bool:
-    """Whether one column can be reset and the others left alone. Known of Gymnasium's own and of EnvPools; another kind
-    is tried, if it may be stepped."""
-    if env.num_envs == 1:
-        return True
-    known = type(env).reset in (SyncVectorEnv.reset, AsyncVectorEnv.reset) or is_pool(env)
-    if known or not may_step:
-        return known
-    with warnings.catch_warnings(), contextlib.suppress(Exception):
+def why_not_alone(env: Any, *, may_step: bool) -> str:
+    """Why one column cannot be reset and the others left alone; empty if it can.
+
+    Known of Gymnasium's own, also with its own wrappers around them, and of EnvPools. Another kind is tried, if it may
+    be stepped.
+    """
+    if env.num_envs == 1 or is_pool(env) or _is_gymnasiums(env):
+        return ""
+    if not may_step:
+        return "not tried, since the environment itself was given: pass a factory"
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _resets_one(env)
-    return False
+        try:
+            return "" if _resets_one(env) else "others were reset, too, or none"
+        except Exception as e:
+            return describe(e)
+
+
+def _is_gymnasiums(env: Any) -> bool:
+    if type(env.unwrapped).reset not in (SyncVectorEnv.reset, AsyncVectorEnv.reset):
+        return False
+    while env is not env.unwrapped:
+        if not type(env).__module__.startswith("gymnasium."):
+            return False
+        env = env.env
+    return True
 
 
 def _resets_one(env: Any) -> bool:
@@ -194,15 +239,13 @@ def _resets_one(env: Any) -> bool:
     space = env.single_observation_space
     for _ in range(PROBE_STEPS):
         env.reset()
-        for _ in range(2):
-            stepped = env.step(sampled(env))[0]
+        stepped = env.step(sampled(env))[0]
         before = [_bytes_of(space, stepped, j) for j in range(env.num_envs)]
-        after_reset, _ = reset_some(env, np.array([0]))
+        after_reset, _ = resetter(env)(np.array([0]))
         after = [_bytes_of(space, after_reset, j) for j in range(env.num_envs)]
         if after[1:] != before[1:]:
             return False
         if after[0] != before[0]:
-            env.step(sampled(env))
             return True
     return False
 
@@ -212,17 +255,23 @@ def _bytes_of(space: Any, obs: Any, j: int) -> list[Any]:
     return [np.asarray(x).tobytes() for x in leaves]
 
 
-def reset_some(env: Any, columns: Array) -> tuple[Any, dict[str, Any]]:
-    """``env.reset`` of some columns alone: ``(obs, info)`` of all, or of those alone."""
-    if env.num_envs == 1:
-        return env.reset()  # type: ignore[no-any-return]
-    if is_pool(env):  # as its reset(ids) does, which makes a dict of its configuration twice besides
+def resetter(env: Any) -> Callable[[Array], tuple[Any, dict[str, Any]]]:
+    """What resets some columns alone: ``(obs, info)`` of all columns; of an EnvPool, of those alone."""
+    n, options = int(env.num_envs), dict if env is env.unwrapped else _MaskForAll
+
+    def by_ids(columns: Array) -> tuple[Any, dict[str, Any]]:
+        # as its reset(ids) does, which makes a dict of all its configuration twice besides
         env._reset(columns.astype(np.int32))
         return env.recv(reset=True, return_info=True)  # type: ignore[no-any-return]
-    mask = np.zeros(env.num_envs, bool)
-    mask[columns] = True
-    options = {"reset_mask": mask} if env is env.unwrapped else _MaskForAll(reset_mask=mask)
-    return env.reset(options=options)  # type: ignore[no-any-return]
+
+    def by_mask(columns: Array) -> tuple[Any, dict[str, Any]]:
+        mask = np.zeros(n, bool)
+        mask[columns] = True
+        return env.reset(options=options(reset_mask=mask))  # type: ignore[no-any-return]
+
+    if n == 1:
+        return lambda columns: env.reset()
+    return by_ids if is_pool(env) else by_mask
 
 
 class _MaskForAll(dict[str, Any]):
@@ -232,21 +281,8 @@ class _MaskForAll(dict[str, Any]):
     (`gymnasium.wrappers.vector.RecordEpisodeStatistics`) then finds none, and begins to count anew in *all* columns.
     """
 
-    def __init__(self, *, reset_mask: Array) -> None:
-        super().__init__()
-        self._mask = reset_mask
-
-    def __contains__(self, key: object) -> bool:
-        return key == "reset_mask" or super().__contains__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._mask if key == "reset_mask" else super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._mask if key == "reset_mask" else super().get(key, default)
-
     def pop(self, key: str, *default: Any) -> Any:
-        return self._mask if key == "reset_mask" else super().pop(key, *default)
+        return self[key] if key == "reset_mask" else super().pop(key, *default)
 
     def __reduce__(self) -> tuple[Any, ...]:  # to the processes of an AsyncVectorEnv: without the mask
         return dict, ()
@@ -265,22 +301,22 @@ def reset_all(env: Any, seeds: Sequence[int]) -> Any:
         result = _seeded(env, list(seeds))
     except Exception as e:
         raise EnvError(f"reset raised {describe(e)}", env_index=-1, phase="reset") from e
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        raise EnvError(
-            "reset broke the Gymnasium contract",
-            env_index=-1,
-            phase="reset",
-            expected="(obs, info dict)",
-            found=type(result).__name__,
-        )
-    return result[0]
+    check_reset(result, -1)
+    obs, info = result
+    if is_pool(env) and np.any(info["elapsed_step"]):
+        obs, _ = env.recv(reset=True, return_info=True)  # that was the answer to a step that was interrupted
+    return obs
 
 
 def _seeded(env: Any, seeds: list[int]) -> Any:
     if not seeds:
-        _settle(env)
+        _check_settled(env)
         return env.reset()
-    if type(env.unwrapped).reset in (SyncVectorEnv.reset, AsyncVectorEnv.reset):
+    inner = env.unwrapped
+    if isinstance(inner, SyncVectorEnv):
+        for one, seed in zip(inner.envs, seeds, strict=True):
+            one.action_space.seed(seed)  # so that environments that sample from it repeat themselves
+    if type(inner).reset in (SyncVectorEnv.reset, AsyncVectorEnv.reset):
         return env.reset(seed=seeds)
     try:
         return env.reset(seed=seeds)
@@ -288,11 +324,30 @@ def _seeded(env: Any, seeds: list[int]) -> Any:
         return env.reset(seed=seeds[0])
 
 
-def _settle(env: Any) -> None:
-    """An AsyncVectorEnv whose step was interrupted still waits for its answers: take them."""
+def _is_waiting(env: Any) -> bool:
+    """Whether an AsyncVectorEnv was interrupted while it waited for its processes."""
     inner = env.unwrapped
-    if isinstance(inner, AsyncVectorEnv) and inner._state.value != "default":
-        getattr(inner, f"{inner._state.value}_wait")()
+    return isinstance(inner, AsyncVectorEnv) and inner._state.value != "default"
+
+
+def _check_settled(env: Any) -> None:
+    if _is_waiting(env):
+        raise EnvError(
+            "an AsyncVectorEnv that was interrupted in the middle of a step cannot go on: which of its processes still "
+            "owe an answer is not known. Make a new rollout",
+            env_index=-1,
+            phase="reset",
+        )
+
+
+def close_vector(env: Any) -> None:
+    """Close it; without waiting for answers that may never come, if it was interrupted."""
+    if not _is_waiting(env):
+        env.close()
+        return
+    inner = env.unwrapped
+    inner._state = type(inner._state)("default")  # else it waits for them, or raises what they were interrupted by
+    env.close(terminate=True)
 
 
 def present_in(info: Mapping[str, Any], key: str, n: int) -> Array:
