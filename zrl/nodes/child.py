@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
-from zrl.nodes.pipe import MAX_TRACEBACK, MAX_WARNING, WARNING, Surroundings, store, stored
+from zrl.nodes.pipe import MAX_TRACEBACK, MAX_WARNING, MAX_WARNINGS, WARNING, Surroundings, store, stored
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # before the fork: loading it afterwards is time in every child
@@ -151,8 +151,12 @@ def work(job: Job) -> None:
 
 
 def _pass_warnings_on(fd: int) -> None:
-    """Python's warnings go into the log as ever, and to the host as well: who reads the log of a worker that works?"""
+    """Python's warnings go into the log as ever, and to the host as well: who reads the log of a worker that works?
+
+    Each text once, and at most `MAX_WARNINGS` of them: some carry a number that is another one at each step.
+    """
     show = warnings.showwarning
+    told: set[str] = set()
 
     def showwarning(
         message: Warning | str,
@@ -164,6 +168,9 @@ def _pass_warnings_on(fd: int) -> None:
     ) -> None:
         show(message, category, filename, lineno, file, line)
         text = " ".join(f"{category.__name__}: {message}".split())
+        if text in told or len(told) == MAX_WARNINGS:
+            return
+        told.add(text)
         with contextlib.suppress(OSError):  # no zygote, nobody to tell
             os.write(fd, WARNING + text.encode(errors="backslashreplace")[:MAX_WARNING] + b"\n")
 

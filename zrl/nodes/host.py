@@ -34,7 +34,7 @@ from zrl.errors import ProcessError, SharedMemoryError, WorkerError, ZrlError
 from zrl.nodes.children import Child, Lost, Zygote
 from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase, Progress
-from zrl.nodes.pipe import CONNECTION_ENDED, Ended, Warned
+from zrl.nodes.pipe import CONNECTION_ENDED, MAX_WARNINGS, Ended, Warned
 from zrl.protocol import messages as m
 from zrl.protocol.restarts import Restarts
 
@@ -42,7 +42,6 @@ TICK = 1.0  # seconds between two looks at the children
 DUMP_SECONDS = 0.5  # that a child gets to write its stacks before it is killed
 #: Seconds that a revoked child gets to end by itself: one that cannot be reached may be writing its traceback.
 LAST_WORDS = 0.5
-MOST_WARNINGS = 20  # different ones of workers that are passed on
 _ROWS = 60  # children in one Beat
 UNSEEN = Progress(0, Phase.BUILD, 0, 0, -1)
 
@@ -326,7 +325,7 @@ class Host:
 
     def _pass_on(self, kid: Kid, warning: str) -> None:
         """A warning goes into our log once, whichever worker it came from first, and no more than a few of them."""
-        if warning not in self._warnings and len(self._warnings) < MOST_WARNINGS:
+        if warning not in self._warnings and len(self._warnings) < MAX_WARNINGS:
             self._warnings.add(warning)
             logger.warning("worker %d warns: %s", kid.index, m.printable(warning))
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 MAX_TRACEBACK = 64 << 10
 #: Before a warning in a child's pipe, which ends with its line; a traceback does not begin like that.
 WARNING = b"\x1e"
+MAX_WARNINGS = 20  # different ones that a child passes on, and a host of its children
 MAX_WARNING = 2048  # bytes: what is written to a pipe at once is not torn apart
 #: Exit status of a worker whose connection ended: its host starts a fresh one, and no budget is used.
 CONNECTION_ENDED = 3
