@@ -248,7 +248,7 @@ def _end_episodes(ctx: Context, slot: Slot, ends: Ends, t: int, hx: Any) -> Any:
     """Write what the ends of episodes add to row t+1, begin the next ones, and return h_{t+1} after the resets."""
     started, acting = perf_counter(), ctx.times.actor
     ended, nxt = ends.columns, slot.rows[t + 1]
-    if False in ends.terminated:
+    if not all(ends.terminated) if type(ended) is list else not np.all(ends.terminated):
         # row t+1 holds the true final observations until `begin` replaces them, and fin is still False
         ctx.cut.keep(slot, t + 1, ends, hx)
     write = _write_ends if type(ended) is list and len(ended) < MANY else _write_many_ends

@@ -33,11 +33,13 @@ class CutEpisodes:
         self._ctx = ctx
         fields = ctx.spec.fields
         self._obs, self._act = fields["state.obs"], fields["state.act"]
+        self._has_state = bool(flatten(ctx.initial_hx)[0])
         self._at_once = not is_default(ctx.actor.setup, BaseActorModule.setup)
         self.clear()
 
     def clear(self) -> None:
         """Forget everything: a new fragment begins."""
+        self._n = 0
         self._rows: list[int] = []
         self._columns: list[Array] = []
         self._leaves: list[list[Array]] = []  # obs, act, rew, each [k, ...]
@@ -49,18 +51,21 @@ class CutEpisodes:
         To be called in inference mode. Never more than two rows' worth is kept.
         """
         row = slot.rows[t]
-        columns = np.asarray(ends.columns)[np.logical_not(ends.terminated)]
+        columns, terminated = np.asarray(ends.columns), np.asarray(ends.terminated)
+        if terminated.any():
+            columns = columns[~terminated]
         if self._at_once:
             row.final_value[columns] = value_of(self._ctx, self._ctx.read(row), hx).numpy()[columns]
             return
         self._rows.append(t)
         self._columns.append(columns)
+        self._n += len(columns)
         self._leaves.append([a.take(columns, 0) for a in (*row.obs, *row.act, row.rew)])
-        states = flatten(hx)[0]
-        if states:
+        if self._has_state:
+            states = flatten(hx)[0]
             index = torch.from_numpy(columns).to(states[0].device)
             self._hx.append([h.index_select(1, index) for h in states])
-        if sum(map(len, self._columns)) >= self._ctx.spec.n_columns:
+        if self._n >= self._ctx.spec.n_columns:
             self.write(slot)
 
     def write(self, slot: Slot) -> None:
@@ -72,7 +77,7 @@ class CutEpisodes:
             return
         leaves = [torch.from_numpy(np.concatenate(parts)).unsqueeze(0) for parts in zip(*self._leaves, strict=True)]
         states = [torch.cat(parts, 1) for parts in zip(*self._hx, strict=True)]
-        n, most = sum(map(len, self._columns)), self._ctx.spec.n_columns
+        n, most = self._n, self._ctx.spec.n_columns
         if n % most == 1 < most:  # the last one twice: batch normalisation in training mode refuses a single column
             leaves, states = ([torch.cat([x, x[:, -1:]], 1) for x in each] for each in (leaves, states))
         values = [self._values(leaves, states, k, k + most) for k in range(0, n, most)]

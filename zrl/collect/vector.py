@@ -115,9 +115,9 @@ class VectorColumns:
         self._obs.write(obs, nxt)
         done = terminated | truncated
         pending, self._pending = self._pending, _NONE
-        if pending.size:
+        self.dummies = pending.tolist() if pending.size else ()
+        if self.dummies:
             self.rewards[pending], done[pending] = 0.0, False
-        self.dummies = pending.tolist()
         nxt.rew[:] = self.rewards
         if self._debug:
             check_finite(self.rewards)
@@ -134,10 +134,7 @@ class VectorColumns:
     def _take(self, result: Any) -> tuple[Any, Array, Array, dict[str, Any]]:
         """``(obs, terminated, truncated, info)`` of a step, its rewards put in their place."""
         obs, rewards, terminated, truncated, info = result
-        flags = np.asarray(terminated), np.asarray(truncated)
-        for name, flag in zip(("terminated", "truncated"), flags, strict=True):
-            if flag.shape != (self.n,) or flag.dtype != bool:
-                raise _broken(f"{name}: {flag.dtype}{list(flag.shape)}")
+        terminated, truncated = self._flags("terminated", terminated), self._flags("truncated", truncated)
         if not isinstance(info, dict):
             raise _broken(f"info: {type(info).__name__}")
         if self._pool and (info["env_id"] != self._every).any():
@@ -147,7 +144,13 @@ class VectorColumns:
             self.rewards[:] = raw
         else:
             self.rewards[:] = self._one_by_one(rewards, raw)
-        return obs, *flags, info
+        return obs, terminated, truncated, info
+
+    def _flags(self, name: str, flags: Any) -> Array:
+        a = np.asarray(flags)
+        if a.dtype != bool or a.shape != (self.n,):
+            raise _broken(f"{name}: {a.dtype}{list(a.shape)}")
+        return a
 
     def _one_by_one(self, rewards: Any, raw: Array) -> list[float]:
         """Rewards that are no array of numbers; the column that is to blame gets a name."""
