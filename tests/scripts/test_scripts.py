@@ -52,7 +52,7 @@ KEYS = {
     ),
     "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
 }
-TOOLS = {"make_states.py"}  # tests/docs/test_states.py
+TOOLS = {"make_states.py", "run_notebook.py"}  # tests/docs
 EXAMPLE = "example_seed_a2c.py"
 #: What needs packages of extras: these, and short words.
 REAL = {
