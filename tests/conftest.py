@@ -38,7 +38,8 @@ hypothesis.settings.load_profile("zrl")
 
 
 #: Temporary files of the tests and of the processes that they start; a short path, for sockets.
-TEMPORARY = Path(tempfile.mkdtemp(prefix="zt-"))
+#: Beside that of the process that started this one, where the tests run in several.
+TEMPORARY = Path(tempfile.mkdtemp(prefix="zt-", dir=os.environ.setdefault("ZT_TMPDIR", tempfile.gettempdir())))
 os.environ["TMPDIR"] = tempfile.tempdir = str(TEMPORARY)
 os.environ.pop("XDG_RUNTIME_DIR", None)  # where folders of runs would be
 

@@ -116,8 +116,9 @@ def test_a_vector_environment_among_plain_ones_is_refused_by_name() -> None:
         made.append(vector() if made else CountingEnv())
         return made[-1]
 
+    with pytest.raises(ConfigError, match="it must make the same kind at each call"):
+        same.rollout(mixed, RandomActor(), 4, 2)
     for refused in (
-        lambda: same.rollout(mixed, RandomActor(), 4, 2),
         lambda: same.rollout([vector()], RandomActor(), 4),
         lambda: same.rollout([CountingEnv(), vector()], RandomActor(), 4),
         lambda: evaluate([CountingEnv(), vector()], RandomActor()),
