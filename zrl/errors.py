@@ -58,6 +58,9 @@ class RecordError(ZrlError):
         self.found = found
 
 
+EVERY = -2  # instead of the index of a column: all of a vector environment
+
+
 class EnvError(RecordError):
     """An environment broke its contract, or raised.
 
@@ -65,14 +68,15 @@ class EnvError(RecordError):
 
     Attributes:
         env_index: column of the environment within its collector; -1 for the scratch environment that is probed at the
-            start and for the factory itself.
+            start and for the factory itself; `EVERY` for a vector environment as a whole.
         phase: ``"factory"``, ``"spaces"``, ``"reset"`` or ``"step"``.
     """
 
     def __init__(
         self, what: str, *, env_index: int, phase: str, leaf: str = "", expected: str = "", found: str = ""
     ) -> None:
-        who = f"environment {env_index}" if env_index >= 0 else "environment (scratch instance)"
+        others = {EVERY: "vector environment"}
+        who = f"environment {env_index}" if env_index >= 0 else others.get(env_index, "environment (scratch instance)")
         super().__init__(f"{who}, {phase}: {what}", leaf=leaf, expected=expected, found=found)
         self.env_index = env_index
         self.phase = phase

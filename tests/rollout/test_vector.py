@@ -78,6 +78,18 @@ def test_a_killed_worker_leaves_none_of_its_processes_behind() -> None:
         assert it.stats()["losses"]
 
 
+class Falls(SyncVectorEnv):
+    def step(self, actions: Any) -> Any:
+        raise OSError("the cable is out")
+
+
+def test_an_error_of_all_columns_is_told() -> None:
+    it = multi.rollout(lambda: Falls([cart_pole] * B), gru(), T, 1, B, 2, 1)
+    with it, pytest.raises(WorkerError, match="vector environment, step: step raised OSError: the cable is out") as e:
+        next(it)
+    assert e.value.env_index == -1
+
+
 def test_another_number_of_columns_is_told_before_the_first_batch() -> None:
     it = multi.rollout(asynchronous, gru(), T, 1, 3, 2, 1)
     with it, pytest.raises(WorkerError, match="expected the number of columns of the vector environment, 2, not 3"):

@@ -12,7 +12,7 @@ import optree
 from zrl.collect.encoding import action_reader, is_encoded, obs_writer
 from zrl.collect.spaces import EnvLayout
 from zrl.data.fragment import Array, Row
-from zrl.errors import EnvError
+from zrl.errors import EVERY, EnvError
 
 
 class BatchWriter:
@@ -77,7 +77,7 @@ class BatchWriter:
         if not is_encoded(self._space) and lengths - {self._n}:
             raise EnvError(
                 "observations of another number of columns",
-                env_index=-1,
+                env_index=EVERY,
                 phase=phase,
                 leaf="state.obs",
                 expected=f"{self._n} rows in every array",

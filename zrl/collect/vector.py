@@ -27,7 +27,7 @@ from zrl.collect.spaces import EnvLayout, describe
 from zrl.collect.vector_probe import autoreset_mode, close_vector, is_pool, present_in, reset_all, resetter
 from zrl.collect.writers import LeafWriter
 from zrl.data.fragment import Array, Row
-from zrl.errors import EnvError, RecordError
+from zrl.errors import EVERY, EnvError, RecordError
 from zrl.metrics import StageTimes
 
 _NONE: Array = np.empty(0, np.intp)
@@ -89,7 +89,7 @@ class VectorColumns:
         except RecordError:
             raise
         except Exception as e:
-            raise _broken_reset(-1, e) from e
+            raise _broken_reset(EVERY, e) from e
 
     def step(self, row: Row, nxt: Row) -> Ends | None:
         actions = self._actions(nxt.act)
@@ -276,13 +276,13 @@ def _broken_reset(j: int, e: Exception) -> EnvError:
 
 
 def _step_error(what: str) -> EnvError:
-    return EnvError(what, env_index=-1, phase="step")
+    return EnvError(what, env_index=EVERY, phase="step")
 
 
 def _broken(found: str) -> EnvError:
     return EnvError(
         "step broke Gymnasium's contract for vector environments",
-        env_index=-1,
+        env_index=EVERY,
         phase="step",
         expected="(obs, rewards [B], terminated [B] bool, truncated [B] bool, info dict), columns in order",
         found=found,

@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from zrl.collect.batched import batch_of, column_of
 from zrl.collect.spaces import EnvLayout, Factory, check_reset, describe, layout_of, space_leaves, takes_seed
 from zrl.data.fragment import Array
-from zrl.errors import ConfigError, EnvError
+from zrl.errors import EVERY, ConfigError, EnvError, RecordError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -81,7 +81,7 @@ def check_vector(env: Any, n: int, *, sticky: bool, obstacle: str) -> None:
     if holds_pool(env) and env.unwrapped.is_async:
         raise EnvError(
             "an EnvPool must return all columns at each step; leave batch_size out",
-            env_index=-1,
+            env_index=EVERY,
             phase="factory",
             expected=f"batch_size={n}",
             found=str(env.unwrapped.config["batch_size"]),
@@ -91,7 +91,7 @@ def check_vector(env: Any, n: int, *, sticky: bool, obstacle: str) -> None:
         raise EnvError(
             f"{why}, and this vector environment does not reset columns alone; teach it reset(options="
             '{"reset_mask": …}), or choose ' + ("sticky=False" if sticky else "NEXT_STEP"),
-            env_index=-1,
+            env_index=EVERY,
             phase="reset",
             expected="a reset of only the columns in the mask",
             found=obstacle,
@@ -299,9 +299,11 @@ def reset_all(env: Any, seeds: Sequence[int]) -> Any:
     """
     try:
         result = _seeded(env, list(seeds))
+    except RecordError:
+        raise
     except Exception as e:
-        raise EnvError(f"reset raised {describe(e)}", env_index=-1, phase="reset") from e
-    check_reset(result, -1)
+        raise EnvError(f"reset raised {describe(e)}", env_index=EVERY, phase="reset") from e
+    check_reset(result, EVERY)
     obs, info = result
     if is_pool(env) and np.any(info["elapsed_step"]):
         obs, _ = env.recv(reset=True, return_info=True)  # that was the answer to a step that was interrupted
@@ -335,7 +337,7 @@ def _check_settled(env: Any) -> None:
         raise EnvError(
             "an AsyncVectorEnv that was interrupted in the middle of a step cannot go on: which of its processes still "
             "owe an answer is not known. Make a new rollout",
-            env_index=-1,
+            env_index=EVERY,
             phase="reset",
         )
 

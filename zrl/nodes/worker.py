@@ -98,7 +98,7 @@ def live(job: WorkerJob, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
             page.enter(Phase.CUT_OFF)  # so that no environment that exits with this status passes for it
             _end_connection(str(lost))
         except EnvError as error:
-            page.blame(error.env_index)
+            page.blame(max(error.env_index, -1))  # of a vector environment as a whole no column is to blame
             raise
 
 
