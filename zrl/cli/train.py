@@ -110,11 +110,10 @@ def _print_how_to_connect(start: Start, keys: Path | None) -> None:
     words = [f"--import {module}" for module in foreign_modules(config.env, config.actor)]
     if config.env_kwargs:
         words.append(f"--env-kwargs {shlex.quote(json.dumps(dict(config.env_kwargs)))}")
-    if keys is not None:
-        words.append("--keys DIR")
     click.echo("start workers with:")
     for url in getattr(start.rollout, "urls", []):
-        click.echo("  " + " ".join(["zrl worker --connect", url, *words, f"--count {config.workers}"]))
+        with_keys = ["--keys DIR"] if keys is not None and url.startswith("tcp://") else []
+        click.echo("  " + " ".join(["zrl worker --connect", url, *words, *with_keys, f"--count {config.workers}"]))
 
 
 def _print_result(result: Result) -> None:
