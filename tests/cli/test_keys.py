@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from zrl.cli import main
+from zrl.net.keys import draw
+from zrl.net.sockets import bind, make_context, make_pub, secure
 
 
 def zrl(*words: object) -> Result:
@@ -70,6 +72,20 @@ def test_a_key_file_that_is_too_open(tmp_path: Path) -> None:
     done = zrl("worker", "--connect", "tcp://127.0.0.1:1", "--keys", folder)
     assert done.exit_code == 2
     assert "one.secret: expected a file of yours with mode 0600, found 0644" in done.output
+
+
+def test_looking_on_without_a_key() -> None:
+    context = make_context()
+    pub = make_pub(context)
+    secure(pub, draw())
+    port = int(bind(pub, "tcp://127.0.0.1:*").rpartition(":")[2])
+    try:
+        done = zrl("status", f"tcp://127.0.0.1:{port - 1}", "--timeout", "2")
+    finally:
+        pub.close()
+        context.term()
+    assert done.exit_code == 3, done.output
+    assert f"the learner at tcp://127.0.0.1:{port} refused the handshake: it wants keys (--keys DIR)" in done.output
 
 
 def test_another_machine_only_with_keys(tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ def test_no_keys(learner: Learner) -> None:
     assert "it wants keys (--keys DIR)" in refusal(learner.url, None)
 
 
-def test_another_learner_than_expected(learner: Learner, folder: Path) -> None:
+def test_another_learner_than_expected(learner: Learner, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(z, "CUT_SECONDS", 0.2)
     keys = host(learner, folder)
     (folder / "one" / "server.public").write_bytes(k.draw().public)
     assert f"another than the one in {folder}/one/server.public" in refusal(learner.url, k.host_keys_at(keys.path))
@@ -221,7 +222,8 @@ def test_a_gate_that_stands_open_is_noticed(learner: Learner, monkeypatch: pytes
         learner.gate.check(learner.url)
 
 
-def test_without_a_gate_nobody_gets_in(folder: Path) -> None:
+def test_without_a_gate_nobody_gets_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(z, "CUT_SECONDS", 0.2)
     pair = k.draw()
     with lone_router() as router:
         z.secure(router, pair)

@@ -153,6 +153,14 @@ def test_the_learner_to_trust(tmp_path: Path, folder: Path) -> None:
         k.authorize(folder, "server", key)
 
 
+def test_a_file_that_is_nobodys(folder: Path) -> None:
+    """Put there by hand, under a name that would be no user id."""
+    (folder / "authorized").mkdir()
+    Path(os.fsdecode(bytes(folder) + b"/authorized/\xff.public")).write_text(public())
+    with pytest.raises(ConfigError, match="NAME: expected"):
+        k.Authorized(folder)
+
+
 def test_changes_count_at_once(folder: Path) -> None:
     """However fast one follows another: the time of change of a folder need not differ."""
     who = k.Authorized(folder)

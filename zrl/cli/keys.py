@@ -44,7 +44,7 @@ def keys_command() -> None:
     \b
     on the learner's machine   zrl keys new --server --keys A
     on a worker's machine      zrl keys new one --keys B             prints its public key
-                               zrl keys authorize server 'LEARNERS PUBLIC KEY' --keys B
+                               zrl keys authorize server 'PUBLIC KEY OF THE LEARNER' --keys B
     on the learner's machine   zrl keys authorize one 'PUBLIC KEY OF one' --keys A
     """
 

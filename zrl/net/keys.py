@@ -178,7 +178,7 @@ def revoke(folder: Path, name: str) -> str:
     """Let `name` in no longer; its public key.
 
     Raises:
-        ConfigError: nobody of this name is authorized.
+        ConfigError: nobody of this name is authorized, or the folder cannot be written.
     """
     check_name(name)
     _check_folder(folder)
@@ -188,10 +188,15 @@ def revoke(folder: Path, name: str) -> str:
         raise ConfigError(f"{name}: not authorized in {folder}; there are: {known or 'none'}")
     key = read_public(file)
     _make_folder(folder / REVOKED)
-    with (folder / REVOKED / f"{name}.public").open("ab") as revoked:  # first: from here on it counts
-        revoked.write(key + b"\n")
-    os.utime(folder / REVOKED)
-    file.unlink()
+    try:
+        with (folder / REVOKED / f"{name}.public").open("ab") as revoked:  # first: from here on it counts
+            revoked.write(key + b"\n")
+        os.utime(folder / REVOKED)
+        file.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder / REVOKED} cannot be written: {error.strerror}; {name} may still be let in"
+        ) from None
     return key.decode()
 
 
@@ -209,6 +214,7 @@ def entries(folder: Path) -> list[Entry]:
         found.append(Entry(file.stem, state, read_public(file).decode()))
     for state in (AUTHORIZED, REVOKED):
         for file in sorted((folder / state).glob("*.public")):
+            check_name(file.stem)
             found += [Entry(file.stem, state, key.decode()) for key in _lines(file)]
     return found
 

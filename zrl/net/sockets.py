@@ -343,7 +343,8 @@ def why_refused(refusal: Refusal, url: str, keys: HostKeys | None) -> str:
     if url.startswith("ipc://"):
         return f"what is at {url} cut the handshake off: is it a learner?"
     if keys is None:
-        return f"the learner at {url} refused the handshake: it wants keys (--keys DIR)"
+        perhaps = "; or nobody listens behind that address" if refusal is Refusal.CUT else ""
+        return f"the learner at {url} refused the handshake: it wants keys (--keys DIR){perhaps}"
     own, key = keys.path.with_name(f"{keys.path.name}.public"), keys.pair.public.decode()
     if refusal is Refusal.UNKNOWN:
         return (
@@ -356,7 +357,7 @@ def why_refused(refusal: Refusal, url: str, keys: HostKeys | None) -> str:
         return f"the learner at {url} refused the handshake: it has no keys; leave --keys out, or start it with --keys"
     return (
         f"the learner at {url} cut the handshake off: probably its key is another than the one in "
-        f"{keys.path.with_name('server.public')}; compare that with server.public on its machine"
+        f"{keys.path.with_name('server.public')}, or it has none; compare that with server.public on its machine"
     )
 
 
