@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from zrl.net.keys import authorize, new_pair
+
 DEADLINE = 40.0  # seconds for anything at all
 ZRL = [sys.executable, "-m", "zrl"]
 
@@ -308,6 +310,31 @@ def test_wrong_words(folder: Path, words: list[str], code: int, text: str) -> No
     done = subprocess.run([*ZRL, *words], cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert text in done.stderr
+
+
+def keys_in(folder: Path) -> None:
+    """A learner's keys in ``a``, and in ``b`` those of a host that it knows."""
+    server = new_pair(folder / "a", "server")
+    authorize(folder / "a", "one", new_pair(folder / "b", "one"))
+    authorize(folder / "b", "server", server)
+
+
+def test_with_keys(programs: Programs) -> None:
+    keys_in(programs.folder)
+    url = f"tcp://127.0.0.1:{free_port()}"
+    learner = programs.learner(url, "--keys", "a")
+    learner.wait_for(f"zrl worker --connect {url} --keys DIR")
+    stranger = programs.worker(url, "--give-up-after", "3")
+    assert stranger.wait() == 3, stranger.text
+    assert f"the learner at {url} refused the handshake: it wants keys (--keys DIR)" in stranger.text
+    worker = programs.worker(url, "--keys", "b")
+    assert learner.wait() == 0, learner.text
+    assert "all steps taken" in learner.text
+    assert worker.wait() == 0, worker.text
+    secrets = [file.read_text().strip() for file in programs.folder.glob("[ab]/*.secret")]
+    for file in programs.folder.rglob("*"):
+        if file.is_file() and file.suffix != ".secret":
+            assert not any(secret.encode() in file.read_bytes() for secret in secrets), file
 
 
 def test_an_address_in_use(programs: Programs) -> None:

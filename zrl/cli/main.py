@@ -13,6 +13,7 @@ import click
 import zrl
 from zrl.cli.check import check_command
 from zrl.cli.eval import eval_command
+from zrl.cli.keys import keys_command
 from zrl.cli.plot import plot_command
 from zrl.cli.train import learner_command, train_command
 from zrl.cli.watch import status_command, top_command
@@ -46,6 +47,6 @@ def main() -> None:
 
 for _command in (
     *(train_command, eval_command, plot_command, check_command),
-    *(learner_command, worker_command, status_command, top_command),
+    *(learner_command, worker_command, status_command, top_command, keys_command),
 ):
     main.add_command(_command)

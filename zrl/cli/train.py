@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zrl.cli.failures import EXIT_FAILED, EXIT_USAGE, Failure, failures, usage
+from zrl.cli.keys import keys_option
 from zrl.cli.options import config_options, settings_of
 from zrl.cli.progress import reporter
 from zrl.config import TrainConfig
@@ -60,33 +61,37 @@ def train_command(**words: Any) -> None:
     show_default=True,
     help="where workers connect to: tcp://127.0.0.1:PORT (and the next port), or ipc:///path/to.sock",
 )
-def learner_command(bind: str, **words: Any) -> None:
+@keys_option("folder with the learner's keys and with those of who may connect; tcp is encrypted then")
+@click.option("--insecure", is_flag=True, help="--bind without keys where other machines can connect")
+def learner_command(bind: str, keys: Path | None, insecure: bool, **words: Any) -> None:
     """Train an actor in ENV with the workers that `zrl worker` processes bring; prints how to start them.
 
     --workers says how many are expected. Settings come from where those of `zrl train` do.
     """
-    _train(words, bind)
+    _train(words, bind, keys, insecure)
 
 
-def _train(words: dict[str, Any], listen: str = "") -> None:
+def _train(words: dict[str, Any], bind: str = "", keys: Path | None = None, insecure: bool = False) -> None:
     resume, require_goal = words.pop("resume"), words.pop("require_goal")
     with usage():
         resumed = None if resume is None else RunFolder.open(resume)
         config = settings_of(words, words.pop("sets"), words.pop("file"), resumed)
-        if listen and not config.workers:
+        if bind and not config.workers:
             raise ConfigError("--workers: expected how many workers make a batch, at least 1, not 0")
     if require_goal and config.stop_at_return is None:
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
     with failures() as signals:
         from zrl.train.loop import train
+        from zrl.train.rollouts import Listen
 
         with reporter() as report:
 
             def on_start(start: Start) -> None:
                 report.start(start)
-                if listen:
-                    _print_how_to_connect(start)
+                if bind:
+                    _print_how_to_connect(start, keys)
 
+            listen = Listen(bind, keys, insecure) if bind else None
             result = train(config, on_start, report.update, signals, listen, resumed)
         _print_result(result)
         if config.eval_episodes and not result.outcome.startswith("SIG"):
@@ -94,22 +99,21 @@ def _train(words: dict[str, Any], listen: str = "") -> None:
                 _print_evaluation(result.run, config)
     if result.outcome.startswith("SIG"):
         if result.checkpoint is not None:
-            click.echo(
-                f"go on with: zrl {'learner' if listen else 'train'} --resume {shlex.quote(str(result.run.path))}"
-            )
+            click.echo(f"go on with: zrl {'learner' if bind else 'train'} --resume {shlex.quote(str(result.run.path))}")
         raise SystemExit(128 + signal.Signals[result.outcome])
     if require_goal and result.outcome != "goal":
         raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
 
 
-def _print_how_to_connect(start: Start) -> None:
+def _print_how_to_connect(start: Start, keys: Path | None) -> None:
     config: TrainConfig = start.config
     words = [f"--import {module}" for module in foreign_modules(config.env, config.actor)]
     if config.env_kwargs:
         words.append(f"--env-kwargs {shlex.quote(json.dumps(dict(config.env_kwargs)))}")
     click.echo("start workers with:")
     for url in getattr(start.rollout, "urls", []):
-        click.echo("  " + " ".join(["zrl worker --connect", url, *words, f"--count {config.workers}"]))
+        with_keys = ["--keys DIR"] if keys is not None and url.startswith("tcp://") else []
+        click.echo("  " + " ".join(["zrl worker --connect", url, *words, *with_keys, f"--count {config.workers}"]))
 
 
 def _print_result(result: Result) -> None:

@@ -14,8 +14,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from zrl.cli.keys import host_keys_in, keys_option
 from zrl.cli.view import age_in_words, line, render
 from zrl.errors import ConfigError
+from zrl.net.keys import HostKeys
 from zrl.net.observer import Observer
 from zrl.nodes.status import plain
 
@@ -32,13 +34,14 @@ LINES_AROUND = 12  # of a page, besides its rows of workers
     "--timeout", type=click.FloatRange(0, 86_400, min_open=True), default=5.0, show_default=True, metavar="S",
     help="exit with 3 after so many seconds without a learner",
 )  # fmt: skip
-def status_command(target: str, as_json: bool, timeout: float) -> None:
+@keys_option("folder with this machine's keys, for a learner that has some")
+def status_command(target: str, as_json: bool, timeout: float, keys: Path | None) -> None:
     """Show where the learner at URL stands: its workers, where the time goes, and what it waits for.
 
     URL is the one that workers connect to. A run folder is shown as its status.json says, with the age of that.
     """
     folder = Path(target)
-    status, age = _of_folder(folder) if folder.is_dir() else (_of_learner(target, timeout), None)
+    status, age = _of_folder(folder) if folder.is_dir() else (_of_learner(target, timeout, keys), None)
     if as_json:
         with _usage_errors():
             status = plain(status, "status")
@@ -51,12 +54,13 @@ def status_command(target: str, as_json: bool, timeout: float) -> None:
 
 @click.command("top")
 @click.argument("url", metavar="URL")
-def top_command(url: str) -> None:
+@keys_option("folder with this machine's keys, for a learner that has some")
+def top_command(url: str, keys: Path | None) -> None:
     """Show the learner at URL, the one that workers connect to, as it goes on, until Ctrl-C.
 
     A learner that is not there, or gone, is waited for. Where the output is no terminal: a line a second.
     """
-    with _usage_errors(), Observer(url) as observer, contextlib.suppress(KeyboardInterrupt):
+    with _usage_errors(), Observer(url, _keys(keys)) as observer, contextlib.suppress(KeyboardInterrupt):
         console = Console(highlight=False)
         if console.is_terminal:
             _live(observer, console)
@@ -68,17 +72,19 @@ def _live(observer: Observer, console: Console) -> None:
     seen, heard = None, time.monotonic()
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(_page(seen, time.monotonic() - heard, observer.address, console.height), refresh=True)
+            silent = time.monotonic() - heard
+            live.update(_page(seen, silent, observer.address, console.height, observer.problem), refresh=True)
             status = observer.next(REDRAW)
             if status is not None:
                 seen, heard = status, time.monotonic()
 
 
-def _page(status: dict[str, Any] | None, silent: float, address: str, height: int) -> RenderableType:
+def _page(status: dict[str, Any] | None, silent: float, address: str, height: int, problem: str = "") -> RenderableType:
     if status is None:
-        return Text(f"waiting for a learner at {address}")
+        return Text(problem or f"waiting for a learner at {address}")
     page = render(status, rows=max(1, height - LINES_AROUND))
-    return Group(Text(_gone(silent, address), style="bold red"), page) if silent >= SILENT else page
+    gone = problem or _gone(silent, address)
+    return Group(Text(gone, style="bold red"), page) if silent >= SILENT else page
 
 
 def _lines(observer: Observer) -> None:
@@ -90,7 +96,7 @@ def _lines(observer: Observer) -> None:
             click.echo(line(status))
             heard, told = now, False
         elif now - heard >= SILENT and not told:
-            click.echo(_gone(now - heard, observer.address))
+            click.echo(observer.problem or _gone(now - heard, observer.address))
             told = True
 
 
@@ -98,11 +104,20 @@ def _gone(silent: float, address: str) -> str:
     return f"no learner at {address} for {age_in_words(silent)}; waiting for one"
 
 
-def _of_learner(url: str, timeout: float) -> dict[str, Any]:
-    with _usage_errors(" (or the folder of a run)"), Observer(url) as observer:
+def _keys(folder: Path | None) -> HostKeys | None:
+    try:
+        return host_keys_in(folder)
+    except ConfigError as e:
+        raise _failure(f"--keys: {e}", EXIT_USAGE) from e
+
+
+def _of_learner(url: str, timeout: float, keys: Path | None) -> dict[str, Any]:
+    with _usage_errors(" (or the folder of a run)"), Observer(url, _keys(keys)) as observer:
         status = observer.next(timeout)
     if status is not None:
         return status
+    if observer.problem:
+        raise _failure(observer.problem, EXIT_NO_LEARNER)
     raise _failure(
         f"no learner published a status at {observer.address} within {timeout:g} s. Is it running? Is {url} what it "
         "prints for `zrl worker --connect`? Its status comes from the next port, or from the path with .pub",

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import click
 
+from zrl.cli.keys import host_keys_in, keys_option
 from zrl.config import value_of
 from zrl.errors import ConfigError, ZrlError
+from zrl.net.addresses import check_connect, is_loopback
 from zrl.nodes.supervisor import EXIT_FAILED, SupervisorOptions, supervise
 from zrl.train.allowed import Allowed
 
@@ -38,6 +40,8 @@ EXIT_USAGE = 2
     help="exit with 3 after so many seconds without a learner  [default: never]",
 )  # fmt: skip
 @click.option("--logs", type=click.Path(path_type=Path), default=None, help="folder of the workers' output")
+@keys_option("folder with this host's keys, for a learner that has some")
+@click.option("--insecure", is_flag=True, help="connect without keys to another machine")
 @click.option("--start-method", type=click.Choice(["fork", "spawn"]), default="fork", show_default=True)
 def worker_command(
     url: str,
@@ -47,6 +51,8 @@ def worker_command(
     env_kwargs: str | None,
     give_up_after: float | None,
     logs: Path | None,
+    keys: Path | None,
+    insecure: bool,
     start_method: str,
 ) -> None:
     """Step environments for the learner at URL, in COUNT processes, until it has no more use for them.
@@ -58,6 +64,9 @@ def worker_command(
             raise _failure(f"--import: no module {module!r} can be found here", EXIT_USAGE)
     try:
         kwargs = None if env_kwargs is None else value_of("env_kwargs", env_kwargs, "--env-kwargs")
+        pair = host_keys_in(keys)
+        if pair is None:
+            _check_plain(url, insecure)
     except ConfigError as e:
         raise _failure(str(e), EXIT_USAGE) from e
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -71,6 +80,7 @@ def worker_command(
         preload=("zrl.train.named", *modules),
         start_method=start_method,
         give_up_after=give_up_after,
+        keys=pair,
     )
     try:
         code = supervise(options, click.echo)
@@ -79,6 +89,19 @@ def worker_command(
     except ZrlError as e:
         raise _failure(str(e), EXIT_FAILED) from e
     raise SystemExit(code)
+
+
+def _check_plain(url: str, insecure: bool) -> None:
+    """Raise a `ConfigError` where others could read along, unless that is what was asked for."""
+    check_connect(url)
+    if is_loopback(url):
+        return
+    if not insecure:
+        raise ConfigError(
+            f"--connect: {url} is not on this machine, and nothing would be encrypted: that needs --keys DIR (see zrl "
+            "keys), or --insecure to go without"
+        )
+    click.echo(f"--insecure: whoever is between here and {url} can read and change what is sent", err=True)
 
 
 def _exists(module: str) -> bool:

@@ -53,12 +53,13 @@ def check_connect(url: str) -> None:
     raise ConfigError(f"{url}: expected ipc:///PATH or tcp://HOST:PORT")
 
 
-def check_bind(url: str) -> None:
-    """Raise a `ConfigError` for a URL that may not or cannot be bound; it says what to do instead."""
+def check_bind(url: str, *, anywhere: bool = False) -> None:
+    """Raise a `ConfigError` for a URL that may not or cannot be bound; it says what to do instead. With `anywhere` an
+    address that other machines can reach may be."""
     if url.startswith("ipc://"):
         _check_ipc(Path(url.removeprefix("ipc://")))
     elif url.startswith("tcp://"):
-        _check_loopback(url)
+        _check_tcp(url, anywhere)
     else:
         raise ConfigError(f"{url}: expected ipc://PATH or tcp://HOST:PORT")
 
@@ -102,17 +103,17 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def _check_loopback(url: str) -> None:
+def _check_tcp(url: str, anywhere: bool) -> None:
     host = url.removeprefix("tcp://").rpartition(":")[0]
     try:
         if host != "localhost":
             ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         raise ConfigError(f"{url}: expected tcp://127.0.0.1:PORT, tcp://[::1]:PORT or tcp://localhost:PORT") from None
-    if not is_loopback(url):
+    if not anywhere and not is_loopback(url):
         raise ConfigError(
             f"{url}: not a loopback address. Other machines could connect unencrypted and unasked: that needs "
-            "--keys DIR (CURVE), or --insecure to go without; both are a later feature. Bind tcp://127.0.0.1:PORT"
+            "--keys DIR (see zrl keys), or --insecure to go without. Or bind tcp://127.0.0.1:PORT"
         )
 
 

@@ -11,7 +11,7 @@ import asyncio
 
 import zmq
 
-from zrl.net.sockets import Handler, Socket, drain, send, waiting
+from zrl.net.sockets import Admit, Handler, Socket, drain, send, waiting
 
 
 class Endpoint:
@@ -25,6 +25,7 @@ class Endpoint:
         handler: called with (routing id, header frame, payload); must not wait.
         max_messages: of one turn.
         max_seconds: of one turn.
+        admit: whose messages are handed over, for a ROUTER; None: everybody's.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class Endpoint:
         *,
         max_messages: int = 256,
         max_seconds: float = 0.002,
+        admit: Admit | None = None,
     ) -> None:
         self.socket = socket
         self._loop = loop
         self._handler = handler
-        self._limits = (max_messages, max_seconds)
+        self._limits = (max_messages, max_seconds, admit)
         self._turn: asyncio.Handle | None = None  # the next one, where it is due without the descriptor
         self._reading = False
         self._fd: int = socket.get(zmq.FD)  # type: ignore[assignment]

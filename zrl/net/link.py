@@ -14,7 +14,8 @@ import zmq
 
 from zrl.errors import ProtocolError
 from zrl.net.codec import decode, encode
-from zrl.net.sockets import Disconnections, Rest, connect, make_context, make_dealer, send
+from zrl.net.keys import HostKeys
+from zrl.net.sockets import Disconnections, Rest, connect, make_context, make_dealer, send, why_refused
 from zrl.protocol.messages import Message
 
 
@@ -28,6 +29,7 @@ class Link:
     Args:
         url: of the learner's ROUTER.
         connect_timeout: seconds within which the first message must find a connection.
+        keys: of this worker's host.
 
     Attributes:
         n_odd: messages that could not be decoded.
@@ -36,9 +38,9 @@ class Link:
         ConfigError: no URL that can be connected to.
     """
 
-    def __init__(self, url: str, *, connect_timeout: float = 30.0) -> None:
+    def __init__(self, url: str, *, connect_timeout: float = 30.0, keys: HostKeys | None = None) -> None:
         self.n_odd = 0
-        self._url = url
+        self._url, self._keys = url, keys
         self._timeout = connect_timeout
         with contextlib.ExitStack() as opened:
             self._context = make_context()
@@ -47,11 +49,12 @@ class Link:
             opened.callback(self._dealer.close)
             self._broken = Disconnections(self._dealer)
             opened.callback(self._broken.close)
-            connect(self._dealer, url)
+            connect(self._dealer, url, keys)
             self._opened = opened.pop_all()
-        self._poller = zmq.Poller()
-        self._poller.register(self._dealer, zmq.POLLIN)
-        self._poller.register(self._broken.socket, zmq.POLLIN)
+        self._poller, self._for_sending = zmq.Poller(), zmq.Poller()
+        for poller, events in ((self._poller, zmq.POLLIN), (self._for_sending, zmq.POLLOUT)):
+            poller.register(self._dealer, events)
+            poller.register(self._broken.socket, zmq.POLLIN)
 
     def send(self, message: Message, *payload: memoryview) -> None:
         """Send one message; the first one waits for the connection.
@@ -62,10 +65,14 @@ class Link:
         """
         frames: tuple[bytes | memoryview, ...] = (encode(message), *payload)
         deadline = time.monotonic() + self._timeout
+        poller = self._for_sending
         while not send(self._dealer, *frames):
             left = deadline - time.monotonic()
-            if left <= 0 or self._broken.seen() or not self._dealer.poll(math.ceil(left * 1000), zmq.POLLOUT):
+            if self._broken.seen():
+                raise LinkLost(self._why(f"no connection to {self._url}"))
+            if left <= 0:
                 raise LinkLost(f"no connection to {self._url}")
+            poller.poll(math.ceil(left * 1000))
         self._timeout = 0.0  # from now on a missing connection is a broken one
 
     def receive(self, timeout: float | None) -> Message | None:
@@ -78,7 +85,7 @@ class Link:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._broken.seen():
-                raise LinkLost(f"the connection to {self._url} broke")
+                raise LinkLost(self._why(f"the connection to {self._url} broke"))
             try:
                 data = self._dealer.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -92,6 +99,10 @@ class Link:
                 return decode(data)
             except ProtocolError:
                 self.n_odd += 1
+
+    def _why(self, otherwise: str) -> str:
+        refusal = self._broken.refusal
+        return otherwise if refusal is None else why_refused(refusal, self._url, self._keys)
 
     def close(self) -> None:
         """Close; what was sent and not yet taken by the system is lost, see Bye and ByeAck. Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -12,8 +13,11 @@ import zmq
 
 from zrl.net.addresses import check_connect, pub_url
 from zrl.net.codec import TOPIC_STATUS
-from zrl.net.sockets import make_context, make_sub
+from zrl.net.keys import HostKeys
+from zrl.net.sockets import Disconnections, connect, make_context, make_subscriber, why_refused
 from zrl.protocol.messages import LARGE_HEADER
+
+TRY_AGAIN = 0.5  # seconds after a refusal
 
 
 class Observer:
@@ -21,22 +25,27 @@ class Observer:
 
     Args:
         url: of the learner's ROUTER.
+        keys: where the learner has some.
 
     Attributes:
         address: of its PUB, to which this connects.
         n_odd: messages that were no status.
+        problem: why the learner refused the last handshake; empty, where it did not.
 
     Raises:
         ConfigError: no URL that can be connected to.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, keys: HostKeys | None = None) -> None:
         check_connect(url)
         self.address = pub_url(url)
         self.n_odd = 0
+        self.problem = ""
+        self._keys = keys
+        self._refused_at: float | None = None  # after that libzmq does not try again
         self._context = make_context()
         try:
-            self._sub = make_sub(self._context, self.address, TOPIC_STATUS, max_nbytes=LARGE_HEADER)
+            self._open()
         except BaseException:
             self._context.term()
             raise
@@ -46,18 +55,52 @@ class Observer:
         one every second, and what is not fetched in time is replaced by the next one."""
         deadline = time.monotonic() + timeout
         while True:
-            left = max(0.0, deadline - time.monotonic())
-            if not self._sub.poll(math.ceil(left * 1000)):
-                return None
-            status = parse(self._sub.recv(zmq.NOBLOCK)[len(TOPIC_STATUS) :])
-            if status is not None:
+            now = time.monotonic()
+            if self._refused_at is not None and now - self._refused_at >= TRY_AGAIN:
+                self._close()
+                self._open()
+            self._poller.poll(math.ceil(1000 * max(0.0, min(deadline - now, TRY_AGAIN))))
+            self._look()
+            status = self._received()
+            if status is not None or time.monotonic() >= deadline:
                 return status
-            self.n_odd += 1
+
+    def _received(self) -> dict[str, Any] | None:
+        try:
+            data = self._sub.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        self.problem = ""
+        status = parse(data[len(TOPIC_STATUS) :])
+        self.n_odd += status is None
+        return status
+
+    def _look(self) -> None:
+        """Whether the learner refuses us."""
+        if self._broken.seen() and self._broken.refusal is not None and self._refused_at is None:
+            self._refused_at = time.monotonic()
+            self.problem = why_refused(self._broken.refusal, self.address, self._keys)
+
+    def _open(self) -> None:
+        self._refused_at = None
+        with contextlib.ExitStack() as opened:
+            self._sub = make_subscriber(self._context, TOPIC_STATUS, max_nbytes=LARGE_HEADER)
+            opened.callback(self._sub.close)
+            self._broken = Disconnections(self._sub)
+            opened.callback(self._broken.close)
+            connect(self._sub, self.address, self._keys)
+            self._opened = opened.pop_all()
+        self._poller = zmq.Poller()
+        self._poller.register(self._sub, zmq.POLLIN)
+        self._poller.register(self._broken.socket, zmq.POLLIN)
+
+    def _close(self) -> None:
+        self._opened.close()
 
     def close(self) -> None:
         """Idempotent."""
         if not self._context.closed:
-            self._sub.close()
+            self._close()
             self._context.term()
 
     def __enter__(self) -> Self:

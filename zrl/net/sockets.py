@@ -17,23 +17,28 @@ after every turn of reading, and comes back by itself where messages wait. `Endp
 
 from __future__ import annotations
 
+import enum
 import errno
 import math
 import os
+import struct
 import time
 from collections.abc import Callable
 
 import zmq
-import zmq.utils.monitor as zmq_monitor
 
 from zrl.errors import ConfigError, ProtocolError
 from zrl.net.addresses import check_bind, in_use
+from zrl.net.keys import HostKeys, Pair
 
 MAX_FRAME = 256 << 10  # bytes: a larger one would keep heartbeats waiting on a slow link
 MOST_SKIPPED = 1024  # frames of an unwanted payload that are read in one turn
 HANDSHAKE_MS = 5_000
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
+ZAP_DOMAIN = b"zrl"
+STATUS_OK, STATUS_UNKNOWN, STATUS_REVOKED = 200, 400, 500  # what ZAP may answer; 300 would tell the peer nothing
+CUT_SECONDS = 1.5  # of handshakes that are cut without a word, after which that is the answer
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
@@ -73,27 +78,47 @@ def make_pub(context: Context) -> Socket:
     return _with_heartbeats(pub)
 
 
-def make_sub(context: Context, url: str, topic: bytes, *, max_nbytes: int) -> Socket:
-    """A subscriber of one topic; a message of more than `max_nbytes` bytes cuts the connection."""
+def make_subscriber(context: Context, topic: bytes, *, max_nbytes: int) -> Socket:
+    """A subscriber of one topic, to be connected; a message of more than `max_nbytes` bytes cuts the connection."""
     sub = context.socket(zmq.SUB)
     sub.setsockopt(zmq.CONFLATE, 1)
     sub.setsockopt(zmq.MAXMSGSIZE, max_nbytes)
     sub.setsockopt(zmq.SUBSCRIBE, topic)
+    return _with_heartbeats(sub)
+
+
+def make_sub(context: Context, url: str, topic: bytes, *, max_nbytes: int, keys: HostKeys | None = None) -> Socket:
+    """A `make_subscriber` that is connected."""
+    sub = make_subscriber(context, topic, max_nbytes=max_nbytes)
     try:
-        connect(_with_heartbeats(sub), url)
+        connect(sub, url, keys)
     except BaseException:
         sub.close()
         raise
     return sub
 
 
-def bind(socket: Socket, url: str) -> str:
+def secure(socket: Socket, pair: Pair) -> None:
+    """From here on, what is bound is for those alone who are let in (`zrl.net.auth`), encrypted. libzmq looks at these
+    options when it binds: what was bound before stays plain."""
+    socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    socket.setsockopt(zmq.CURVE_SERVER, 1)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret)
+
+
+def bind(socket: Socket, url: str, *, anywhere: bool = False) -> str:
     """Bind; the URL that others connect to (a port ``*`` is replaced by the one that was found).
+
+    Args:
+        socket: to be bound.
+        url: where.
+        anywhere: also to an address that other machines can reach.
 
     Raises:
         ConfigError: an address that is in use, too long, not ours, or not on this machine; says what to do.
     """
-    check_bind(url)
+    check_bind(url, anywhere=anywhere)
     # libzmq does not resolve names when it binds
     plain = url.replace("tcp://localhost:", "tcp://127.0.0.1:", 1)
     try:
@@ -107,8 +132,9 @@ def bind(socket: Socket, url: str) -> str:
     return endpoint.rstrip(b"\0").decode()
 
 
-def connect(socket: Socket, url: str) -> None:
-    """Connect; in the background, and again whenever the connection is lost.
+def connect(socket: Socket, url: str, keys: HostKeys | None = None) -> None:
+    """Connect; in the background, and again whenever the connection is lost. With keys tcp is encrypted; what is bound
+    to ipc is always plain.
 
     Raises:
         ConfigError: no URL that can be connected to.
@@ -116,6 +142,10 @@ def connect(socket: Socket, url: str) -> None:
     try:
         if url.startswith("tcp://["):
             socket.setsockopt(zmq.IPV6, 1)
+        if keys is not None and url.startswith("tcp://"):
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair.public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, keys.pair.secret)
+            socket.setsockopt(zmq.CURVE_SERVERKEY, keys.server)
         socket.connect(url)
     except zmq.ZMQError as error:
         raise ConfigError(f"{url}: {error.strerror}: expected ipc://PATH or tcp://HOST:PORT") from None
@@ -173,8 +203,19 @@ class Rest:
 Handler = Callable[[bytes, bytes, Rest], None]
 
 
-def drain(socket: Socket, handler: Handler, max_messages: int = 256, max_seconds: float = 0.002) -> bool:
-    """Hand over the messages that wait, for one turn at most; whether more are waiting.
+#: Whether a message of the user with this id may be handed over; the id is "" where the connection needed no key.
+Admit = Callable[[str], bool]
+
+
+def drain(
+    socket: Socket,
+    handler: Handler,
+    max_messages: int = 256,
+    max_seconds: float = 0.002,
+    admit: Admit | None = None,
+) -> bool:
+    """Hand over the messages that wait, for one turn at most; whether more are waiting. Those that `admit` does not
+    admit are skipped; it is for a ROUTER alone.
 
     What `handler` does not read of a payload is skipped, if it is long in the turns that follow. If it raises, the
     message counts as read.
@@ -186,13 +227,13 @@ def drain(socket: Socket, handler: Handler, max_messages: int = 256, max_seconds
     deadline = time.perf_counter() + max_seconds
     for _ in range(max_messages):
         try:
-            first = socket.recv(zmq.NOBLOCK)
+            first, user = (socket.recv(zmq.NOBLOCK), "") if admit is None else _with_user(socket)
         except zmq.Again:
             break
         try:
             if not has_id:
                 handler(b"", first, rest)
-            elif rest.more:
+            elif rest.more and (admit is None or admit(user)):
                 handler(first, socket.recv(zmq.NOBLOCK), rest)
         finally:
             skipped = socket.closed or rest.skip(MOST_SKIPPED)  # closed by the handler
@@ -203,6 +244,15 @@ def drain(socket: Socket, handler: Handler, max_messages: int = 256, max_seconds
         if time.perf_counter() >= deadline:
             break
     return waiting(socket)
+
+
+def _with_user(socket: Socket) -> tuple[bytes, str]:
+    frame = socket.recv(zmq.NOBLOCK, copy=False)
+    try:
+        user = str(frame.get("User-Id"))
+    except zmq.ZMQError:  # a connection without keys has none
+        user = ""
+    return frame.bytes, user
 
 
 def waiting(socket: Socket) -> bool:
@@ -227,24 +277,94 @@ def chunks(payload: memoryview, size: int = MAX_FRAME) -> list[memoryview]:
     return [payload[at : at + size] for at in range(0, len(payload), size)]
 
 
+class Refusal(enum.Enum):
+    """Why a handshake came to nothing, as far as the side that connected can tell."""
+
+    UNKNOWN = "unknown"  # the key is not authorized
+    REVOKED = "revoked"
+    OTHER_WAY = "other way"  # one side has keys, the other has not
+    CUT = "cut"  # without a word, again and again
+
+
 class Disconnections:
-    """Tells whether a DEALER has lost its connection since this was made; make it before `connect`.
+    """Tells whether a DEALER or SUB has lost its connection since this was made, or has been refused one; make it
+    before `connect`.
+
+    A learner that cuts a handshake without a word may be one that ends: libzmq tries again, and only what lasts is a
+    refusal. After any other refusal libzmq does not try again.
 
     Attributes:
-        socket: becomes readable then: to be polled together with the DEALER.
+        socket: becomes readable then: to be polled together with the other.
+        connected: whether there is a connection, as of the last event.
+        refusal: why there is none; None: there is, was, or may still be one.
     """
 
-    def __init__(self, dealer: Socket) -> None:
-        self._dealer = dealer
-        self.socket: Socket = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    def __init__(self, watched: Socket) -> None:
+        self._watched = watched
+        self.connected = False
+        self._cut_since: float | None = None
+        self.refusal: Refusal | None = None
+        self.socket: Socket = watched.get_monitor_socket(_WATCHED)
 
     def seen(self) -> bool:
-        """Whether the connection was lost. Does not wait."""
-        return waiting(self.socket) and zmq_monitor.recv_monitor_message(self.socket)["event"] == (
-            zmq.EVENT_DISCONNECTED
-        )
+        """Whether the connection was lost or refused. Does not wait."""
+        while waiting(self.socket):
+            if self.take(self.socket.recv_multipart(zmq.NOBLOCK)[0]):
+                return True
+        return False
+
+    def take(self, frame: bytes) -> bool:
+        """Take notice of an event, the first frame of a message of `socket`; as `seen`."""
+        event, value = struct.unpack("=HI", frame)
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.connected, self._cut_since, self.refusal = True, None, None
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.refusal = Refusal.REVOKED if value == STATUS_REVOKED else Refusal.UNKNOWN
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            self.refusal = Refusal.OTHER_WAY
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value in (errno.EPIPE, errno.ECONNRESET):
+            now = time.monotonic()
+            self._cut_since = now if self._cut_since is None else self._cut_since
+            if now - self._cut_since >= CUT_SECONDS:
+                self.refusal = Refusal.CUT
+        elif event == zmq.EVENT_DISCONNECTED and self.connected:
+            self.connected = False
+            return True
+        return self.refusal is not None
 
     def close(self) -> None:
-        """To be called before the DEALER is closed."""
-        self._dealer.disable_monitor()
+        """To be called before the other is closed."""
+        self._watched.disable_monitor()
         self.socket.close()
+
+
+def why_refused(refusal: Refusal, url: str, keys: HostKeys | None) -> str:
+    """What a refusal means for the one who connects, and what to do."""
+    if url.startswith("ipc://"):
+        return f"what is at {url} cut the handshake off: is it a learner?"
+    if keys is None:
+        perhaps = "; or nobody listens behind that address" if refusal is Refusal.CUT else ""
+        return f"the learner at {url} refused the handshake: it wants keys (--keys DIR){perhaps}"
+    own, key = keys.path.with_name(f"{keys.path.name}.public"), keys.pair.public.decode()
+    if refusal is Refusal.UNKNOWN:
+        return (
+            f"the learner at {url} does not know the key of {own}; on its machine: "
+            f"zrl keys authorize {keys.path.name} '{key}' --keys DIR"
+        )
+    if refusal is Refusal.REVOKED:
+        return f"the learner at {url} has revoked the key of {own}; make another pair, and have that one authorized"
+    if refusal is Refusal.OTHER_WAY:
+        return f"the learner at {url} refused the handshake: it has no keys; leave --keys out, or start it with --keys"
+    return (
+        f"the learner at {url} cut the handshake off: probably its key is another than the one in "
+        f"{keys.path.with_name('server.public')}, or it has none; compare that with server.public on its machine"
+    )
+
+
+_WATCHED = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)

@@ -35,9 +35,11 @@ from zrl.data.spec import FragmentSpec
 from zrl.errors import ProtocolError, RecordError, SharedMemoryError, StarvationError, ZrlError
 from zrl.metrics import History, Recent, Situation, StageTimes, Totals, verdict
 from zrl.net.addresses import pub_url
+from zrl.net.auth import Gate
 from zrl.net.codec import TOPIC_STATUS, decode, encode
 from zrl.net.endpoint import Endpoint
-from zrl.net.sockets import Rest, bind, make_context, make_pub, make_router, send
+from zrl.net.keys import LearnerKeys
+from zrl.net.sockets import Context, Rest, bind, make_context, make_pub, make_router, secure, send
 from zrl.nodes.children import Zygote
 from zrl.nodes.feed import Feed
 from zrl.nodes.host import Host, Patience, RunInfo
@@ -73,6 +75,8 @@ class Plan:
         info_keys: their names.
         env, actor: their names, for hosts that are given no more.
         bind: URLs besides the one in the run's folder.
+        keys: tcp is encrypted, and for those alone whose keys this learner knows; None: plain.
+        insecure: whether other machines may connect without keys.
         starve_timeout: seconds with too few slots for a batch, after which the run ends.
         max_fragment_bytes: a larger fragment is refused.
     """
@@ -91,6 +95,8 @@ class Plan:
     env: str = ""
     actor: str = ""
     bind: tuple[str, ...] = ()
+    keys: LearnerKeys | None = None
+    insecure: bool = False
     starve_timeout: float = 60.0
     max_fragment_bytes: int = MAX_FRAGMENT_BYTES
 
@@ -168,6 +174,7 @@ class Collator:
         self._busy = False
         self._had_enough = own is not None  # those of others are waited for
         self._starving_since: float | None = None
+        self._gate: Gate | None = None
         self._host: Host | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop
@@ -185,7 +192,8 @@ class Collator:
         """Bind the sockets and start the workers; returns when the sockets are bound.
 
         Raises:
-            ConfigError: an address cannot be bound.
+            ConfigError: an address cannot be bound, or the folder of keys not be read.
+        ZrlError: strangers are not kept out.
         """
         self._thread.start()
         self._started.wait()
@@ -273,20 +281,19 @@ class Collator:
     def _open(self, opened: contextlib.ExitStack) -> None:
         raise_descriptor_limit()
         context = make_context()
-        opened.callback(context.term)
+        opened.callback(self._end_context, context)
+        if self.plan.keys is not None:  # before anything is bound
+            self._gate = Gate(context, self.plan.keys)
         self._router, self._pub = make_router(context), make_pub(context)
         opened.callback(self._pub.close)
         opened.callback(self._router.close)
-        own_urls = [] if self._run_dir is None else [f"ipc://{self._run_dir}/learner.sock"]
-        for url in (*own_urls, *self.plan.bind):
-            bound = bind(self._router, url)
-            self.urls.append(bound)
-            self.pub_urls.append(bind(self._pub, pub_url(url if url.endswith(":*") else bound)))
+        self._bind()
         opened.callback(self._unmap_all)
         welcome = self._welcome()
         encode(welcome)  # a name that is too long is an error now
         self.peers = p.Peers(welcome, boot_id=boot_id(), slots_of=self.plan.slots_of)
-        self._endpoint = Endpoint(self._router, self._loop, self._on_message)
+        admit = None if self._gate is None else self._gate.admit
+        self._endpoint = Endpoint(self._router, self._loop, self._on_message, admit=admit)
         opened.callback(self._endpoint.close)
         opened.callback(self._end_timer)
         if self._own is not None:
@@ -303,6 +310,34 @@ class Collator:
             opened.callback(self._host.close)
             self._from_own_host(self._host.hello())
         self._timer = self._loop.call_later(TICK, self._tick)
+
+    def _bind(self) -> None:
+        """First ipc, which stays plain, then tcp, with keys where there are some; with them strangers are tried out."""
+        plan, gate = self.plan, self._gate
+        own = [] if self._run_dir is None else [f"ipc://{self._run_dir}/learner.sock"]
+        plain = [url for url in (*own, *plan.bind) if url.startswith("ipc://")]
+        for url in plain:
+            self._bind_both(url)
+        if plan.keys is not None:
+            secure(self._router, plan.keys.pair)
+            secure(self._pub, plan.keys.pair)
+        for url in plan.bind:
+            if url not in plain:
+                self._bind_both(url)
+                if gate is not None:
+                    gate.check(self.urls[-1])
+                    gate.check(self.pub_urls[-1], pub=True)
+
+    def _bind_both(self, url: str) -> None:
+        anywhere = self.plan.keys is not None or self.plan.insecure
+        bound = bind(self._router, url, anywhere=anywhere)
+        self.urls.append(bound)
+        self.pub_urls.append(bind(self._pub, pub_url(url if url.endswith(":*") else bound), anywhere=anywhere))
+
+    def _end_context(self, context: Context) -> None:
+        context.term()
+        if self._gate is not None:
+            self._gate.join()
 
     def _welcome(self) -> m.Welcome:
         plan = self.plan
@@ -633,7 +668,7 @@ class Collator:
             "slots": {state.name.lower(): slots.totals[state] for state in SlotState if state is not SlotState.ENDED},
             "fragments": {**counters, "in_flight": slots.in_flight},
             "dropped": dict(slots.dropped),
-            "refused": {**slots.refused, **self.peers.counters, **({"odd": self._odd} if self._odd else {})},
+            "refused": {**slots.refused, **self.peers.counters, **self._refused()},
             "workers": len(list(slots.live())),
             "hosts": len(self.peers.hosts),
             "replaced": self._host.n_replaced if self._host is not None else 0,
@@ -647,6 +682,11 @@ class Collator:
             **self._recent.as_dict(),
             "verdict": verdict(self._situation()),
         }
+
+    def _refused(self) -> dict[str, int]:
+        """What came to no message, or from nobody."""
+        counters = {"odd": self._odd, **({} if self._gate is None else self._gate.counters)}
+        return {reason: n for reason, n in counters.items() if n}
 
     def _status(self) -> dict[str, Any]:
         stats = self._stats()

@@ -69,7 +69,7 @@ class Patience:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the children of a run have in common: where the learner is, and the board of this host."""
+    """What the children of a run have in common: where the learner is, the board of this host, and its key files."""
 
     run_id: bytes
     url: str
@@ -77,6 +77,7 @@ class RunInfo:
     board: MemoryAddress
     board_digest: bytes
     board_nbytes: int
+    keys: str = ""
 
 
 @dataclass
@@ -259,6 +260,7 @@ class Host:
             board=run.board,
             board_digest=run.board_digest,
             board_nbytes=run.board_nbytes,
+            keys=run.keys,
         )
         try:
             child = self._zygote.fork(name, (job,))

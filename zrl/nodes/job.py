@@ -14,6 +14,7 @@ class WorkerJob:
     Attributes:
         url: of the learner's ROUTER.
         board_digest, board_nbytes: of the weights' manifest.
+        keys: path of its host's key files, see `zrl.net.keys.HostKeys`; empty: none.
     """
 
     url: str
@@ -27,3 +28,4 @@ class WorkerJob:
     board: MemoryAddress
     board_digest: bytes
     board_nbytes: int
+    keys: str = ""

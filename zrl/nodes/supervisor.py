@@ -37,7 +37,8 @@ from zrl.errors import ProtocolError, WorkerError, ZrlError
 from zrl.net.addresses import check_connect, is_loopback, run_directory
 from zrl.net.codec import TOPIC_STATUS, TOPIC_WEIGHTS, decode, decode_weights, encode
 from zrl.net.endpoint import Endpoint
-from zrl.net.sockets import Context, Disconnections, Rest, connect, make_context, make_dealer, make_sub
+from zrl.net.keys import HostKeys
+from zrl.net.sockets import Context, Disconnections, Rest, connect, make_context, make_dealer, make_sub, why_refused
 from zrl.nodes.children import Spawner, Target, Zygote
 from zrl.nodes.host import TICK, Host, Patience, RunInfo
 from zrl.nodes.limits import raise_descriptor_limit
@@ -66,6 +67,7 @@ class SupervisorOptions:
         log_dir: of the workers; a temporary one that goes at the end, if None.
         give_up_after: seconds without a learner after which to end; None: never.
         silence: seconds without the learner's heartbeat after which it is lost; None: 5 on this machine, else 15.
+        keys: of this host; its workers read them from the same files.
     """
 
     url: str
@@ -79,6 +81,7 @@ class SupervisorOptions:
     patience: Patience = field(default_factory=Patience)
     give_up_after: float | None = None
     silence: float | None = None
+    keys: HostKeys | None = None
 
 
 class _Over(Exception):
@@ -226,10 +229,10 @@ class _Run:
         with contextlib.ExitStack() as opened:
             self._dealer = Endpoint(make_dealer(context), self._loop, self._on_message)
             opened.callback(self._dealer.close)
-            broken = Disconnections(self._dealer.socket)
+            broken = self._broken = Disconnections(self._dealer.socket)
             opened.callback(broken.close)
             opened.callback(Endpoint(broken.socket, self._loop, self._on_event).close)
-            connect(self._dealer.socket, o.url)
+            connect(self._dealer.socket, o.url, o.keys)
             self._opened = opened.pop_all()
 
     @property
@@ -313,7 +316,7 @@ class _Run:
             (TOPIC_WEIGHTS, self._on_weights, limit),
             (TOPIC_STATUS, self._on_status, m.LARGE_HEADER),
         ):
-            sub = make_sub(self._context, welcome.pub_url, topic, max_nbytes=most)
+            sub = make_sub(self._context, welcome.pub_url, topic, max_nbytes=most, keys=self._o.keys)
             self._opened.callback(Endpoint(sub, self._loop, handler).close)
         self._heard = time.monotonic()
         if self._draining:
@@ -326,6 +329,7 @@ class _Run:
                 board.address,
                 weights.digest,
                 weights.nbytes,
+                "" if self._o.keys is None else str(self._o.keys.path),
             )
         )
         last = welcome.index_base + self._o.count - 1
@@ -378,7 +382,11 @@ class _Run:
     # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_event(self, peer: bytes, event: bytes, rest: Rest) -> None:
-        """The connection was lost: the only event that is asked for."""
+        """The connection was lost or refused, or came about."""
+        if not self._broken.take(event):
+            return
+        if self._broken.refusal is not None:
+            self.over(_Over(why_refused(self._broken.refusal, self._o.url, self._o.keys)))
         if self._draining:  # it does not wait for ever for those who are asked to finish
             self.over(_Over("the run is over", EXIT_DONE))
         self.over(_Over("the connection to the learner broke"))

@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -41,6 +42,7 @@ from zrl.data.ring import Ring
 from zrl.data.spec import FragmentSpec
 from zrl.data.weights import WeightsPacker
 from zrl.errors import EnvError, ProcessError
+from zrl.net.keys import host_keys_at
 from zrl.net.link import Link, LinkLost
 from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase
@@ -85,12 +87,13 @@ def live(job: WorkerJob, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
 
     Raises:
         RecordError, WeightsError, SharedMemoryError: environment, actor or memory will not do.
+        ConfigError: its host's keys cannot be read any more.
         ProcessError: the learner refused this worker.
         SystemExit: the connection ended.
     """
     with contextlib.ExitStack() as opened:
         page = opened.enter_context(Page.attach(job.page, job.incarnation))
-        link = Link(job.url)
+        link = Link(job.url, keys=host_keys_at(Path(job.keys)) if job.keys else None)
         opened.callback(link.close)
         try:
             _Worker(job, page, link, opened).run(recipe_of)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
 from zrl.errors import ConfigError
+from zrl.net.keys import learner_keys
 from zrl.nodes.collator import Collator, Plan
 from zrl.nodes.publisher import Publisher
 from zrl.rollout.interrupts import Uninterrupted
 from zrl.rollout.local import WorkerMode, check_count, check_run
 from zrl.rollout.pipeline import CLOSE_TIMEOUT, PipelineRollout
 from zrl.rollout.same import usable_device
+
+logger = logging.getLogger("zrl")
 
 
 def rollout(
@@ -27,6 +32,8 @@ def rollout(
     n_per_batch: int,
     *,
     bind: str | Sequence[str],
+    keys: str | os.PathLike[str] | None = None,
+    insecure: bool = False,
     actor_name: str = "zrl.zoo:default_actor",
     n_actors: int | None = None,
     sticky: bool = False,
@@ -52,6 +59,10 @@ def rollout(
         actor: the learner's actor.
         n_slots: K, slots of each worker.
         bind: URL or URLs to listen at: ``tcp://127.0.0.1:5555``, ``ipc:///path/to.sock``.
+        keys: folder with the learner's keys and those of the hosts and observers that may connect, see ``zrl keys``.
+            With it tcp is encrypted; ipc is plain.
+        insecure: whether to listen without keys where other machines can connect, too. Anybody there can then feed this
+            learner and read its weights.
         actor_name: what makes the actor, for the hosts: ``module:function``, called with the spaces of observations and
             actions.
         n_actors: workers of the run; needed for ``max_lag=0``.
@@ -60,7 +71,8 @@ def rollout(
         starve_timeout: seconds with too few workers, after some were there. For the first one it waits for ever.
 
     Raises:
-        ConfigError: an argument makes no sense, or an address cannot be bound.
+        ConfigError: an argument makes no sense, or an address cannot be bound, or a key file cannot be used.
+        ZrlError: a stranger's key was not refused.
         WeightsError: the actor cannot be published.
         StarvationError: by ``next()``.
     """
@@ -77,6 +89,10 @@ def rollout(
         )
     _check_names(env, actor_name)
     check_run(worker_mode, entropy, info_keys, starve_timeout)
+    if insecure and keys is not None:
+        raise ConfigError("insecure: makes no sense with keys; leave one of them out")
+    if insecure:
+        logger.warning("insecure: whoever can reach %s can feed this learner and read its weights", bind)
     to = usable_device(device or "cpu")
     seed = secrets.randbits(64) if entropy is None else entropy
     plan = Plan(
@@ -94,6 +110,8 @@ def rollout(
         env=env,
         actor=actor_name,
         bind=(bind,) if isinstance(bind, str) else tuple(bind),
+        keys=None if keys is None else learner_keys(Path(keys)),
+        insecure=insecure,
         starve_timeout=starve_timeout,
     )
     with Uninterrupted():

@@ -27,7 +27,7 @@ from zrl.train.events import Events
 from zrl.train.named import EnvFactory
 from zrl.train.plot import plot_return
 from zrl.train.rng import random_states, set_random_states
-from zrl.train.rollouts import Rollout, make_rollout
+from zrl.train.rollouts import Listen, Rollout, make_rollout
 from zrl.train.run_folder import RunFolder
 from zrl.train.setup import make_actor, make_optimizer, make_update
 from zrl.train.status import Progress, Status
@@ -77,7 +77,7 @@ def train(
     on_start: Callable[[Start], None] = lambda start: None,
     on_update: Callable[[Status], None] = lambda status: None,
     signals: StopSignals | None = None,
-    listen: str = "",
+    listen: Listen | None = None,
     resume: RunFolder | None = None,
 ) -> Result:
     """Train until the goal, the last step, or SIGINT or SIGTERM.
@@ -90,7 +90,7 @@ def train(
         on_start: called once, when workers may connect.
         on_update: called after every update.
         signals: entered already; if None, signals are handled here, while this runs.
-        listen: URL to which workers of other hosts connect; empty: workers of our own.
+        listen: where workers of other hosts connect to; None: workers of our own.
         resume: the run to go on with, from its newest checkpoint that can be read; None: a new one.
 
     Raises:
@@ -117,7 +117,11 @@ def train(
 
 
 def _started(
-    config: TrainConfig, signals: StopSignals, listen: str, resume: RunFolder | None, opened: contextlib.ExitStack
+    config: TrainConfig,
+    signals: StopSignals,
+    listen: Listen | None,
+    resume: RunFolder | None,
+    opened: contextlib.ExitStack,
 ) -> _Run:
     """The run, ready for its first batch; what it opened is closed by `opened`."""
     with signals.interruptible():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -35,11 +37,20 @@ class Rollout(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True)
+class Listen:
+    """Where workers of other hosts connect to, with which keys; see `zrl.rollout.cluster.rollout`."""
+
+    url: str
+    keys: Path | None = None
+    insecure: bool = False
+
+
 def make_rollout(
     config: TrainConfig,
     actor: torch.nn.Module,
     folder: RunFolder | None = None,
-    listen: str = "",
+    listen: Listen | None = None,
     first_version: int = 1,
 ) -> Rollout:
     """The collector for a resolved config. A batch has ``batch * envs / workers`` columns.
@@ -48,7 +59,7 @@ def make_rollout(
         config: resolved.
         actor: the learner's.
         folder: gets the logs of the workers.
-        listen: URL for workers of other hosts; empty: workers of our own.
+        listen: for workers of other hosts; None: workers of our own.
         first_version: of the weights as they are: a run that is resumed counts on.
 
     Raises:
@@ -77,7 +88,9 @@ def make_rollout(
             c.n_envs // workers,
             slots,
             c.batch,
-            bind=listen,
+            bind=listen.url,
+            keys=listen.keys,
+            insecure=listen.insecure,
             actor_name=c.actor,
             n_actors=workers,
             **common,
