@@ -193,7 +193,7 @@ class Collator:
 
         Raises:
             ConfigError: an address cannot be bound, or the folder of keys not be read.
-        ZrlError: strangers are not kept out.
+            ZrlError: strangers are not kept out.
         """
         self._thread.start()
         self._started.wait()
