@@ -9,13 +9,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle  # type: ignore[import-untyped]
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
-from tests.spaces import INFO_KEYS, AnyActor, EchoEnv, Replay, every_env, everything
+from tests.collect.test_nesting import nests
+from tests.spaces import INFO_KEYS, AnyActor, EchoEnv, Nest, Replay, every_env, everything
 from zrl import Batch, ConfigError, EnvError, WorkerError
 from zrl.collect.streams import env_seeds
 from zrl.rollout import cluster, multi, single
@@ -27,9 +32,9 @@ T, B = 4, 2
 MORE: dict[str, Any] = {"entropy": 3, "max_lag": 0, "keep_final_obs": True}
 
 
-def check(it: Iterator[Batch], n_workers: int) -> None:
+def check(it: Iterator[Batch], n_workers: int, make: Callable[[], EchoEnv] = every_env) -> None:
     """The first three batches are what the workers' environments give when they are played again."""
-    replays = [Replay([every_env() for _ in range(B)], env_seeds(3, index, 0, B + 1)[:B]) for index in range(n_workers)]
+    replays = [Replay([make() for _ in range(B)], env_seeds(3, index, 0, B + 1)[:B]) for index in range(n_workers)]
     for batch in itertools.islice(it, 3):
         assert [meta.worker for meta in batch.meta] == list(range(n_workers))
         for i, replay in enumerate(replays):
@@ -48,6 +53,46 @@ def test_single() -> None:
 def test_multi() -> None:
     with multi.rollout(every_env, actor(), T, 2, B, 4, 2, info_keys=INFO_KEYS, sticky=True, **MORE) as it:
         check(it, 2)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("how", ["single", "multi", "cluster"])
+@settings(max_examples=3, derandomize=True, phases=[Phase.generate])  # each starts processes
+@given(seen=nests(["tuple", "list", "named"]), act=nests(["tuple"]), sticky=st.booleans())
+def test_drawn_spaces(how: str, seen: Nest, act: Nest, sticky: bool) -> None:
+    """Random spaces, random episodes: what comes out of the batches is what went in."""
+
+    def factory() -> EchoEnv:
+        return EchoEnv(seen, act.space)
+
+    more: Any = {"sticky": sticky, **MORE}
+    if how == "single":
+        with single.rollout(factory, AnyActor(act.space), T, B, info_keys=INFO_KEYS, **more) as it:
+            check(it, 1, factory)
+        return
+    if how == "multi":
+        with multi.rollout(factory, AnyActor(act.space), T, 2, B, 4, 2, info_keys=INFO_KEYS, **more) as it:
+            check(it, 2, factory)
+        return
+    with tempfile.TemporaryDirectory() as name:  # 0700
+        folder, url = Path(name), f"ipc://{name}/l"
+        (folder / "nests").write_bytes(cloudpickle.dumps((seen, act)))
+        with (
+            worker(url, folder / "a", ZRL_TEST_NESTS=str(folder / "nests")) as first,
+            cluster.rollout(
+                "tests.spaces:tests/Drawn-v0",
+                AnyActor(act.space),
+                *(T, B, 2, 2),
+                bind=url,
+                actor_name="tests.spaces:any_actor",
+                info_keys=tuple(INFO_KEYS),
+                n_actors=2,
+                **more,
+            ) as it,
+        ):
+            check(it, 2, factory)
+            it.close()
+            assert first.wait(DEADLINE) == 0
 
 
 def test_a_worker_with_another_space(tmp_path: Path) -> None:
