@@ -160,6 +160,24 @@ def plain(actor: Actor) -> Rate:
     return lambda seconds: run_for(seconds, once)
 
 
+def in_turns(loops: dict[str, Rate], seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Rates of each loop, one a round; printed as medians."""
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            rates[name].append(loop(seconds))
+    for name, values in rates.items():
+        print(f"{name:15s} {statistics.median(values):12,.0f} steps/s")
+    return rates
+
+
+def ratio(rates: dict[str, list[float]], a: str, b: str) -> float:
+    """Median of the rounds' ratios of two loops; 0 where one of them was not run."""
+    if a not in rates or b not in rates:
+        return 0.0
+    return round(statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True)), 3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.2, help="of each loop in each round")
@@ -181,22 +199,13 @@ def main() -> None:
     for loop in loops.values():
         loop(min(0.3, args.seconds))
     ctx.times.clear()
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(args.rounds):
-        for name, loop in loops.items():
-            rates[name].append(loop(args.seconds))
-
-    def ratio(a: str, b: str) -> float:
-        return round(statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True)), 3)
-
-    for name, values in rates.items():
-        print(f"{name:15s} {statistics.median(values):10,.0f} steps/s")
+    rates = in_turns(loops, args.seconds, args.rounds)
     result: dict[str, float] = {
-        "collect_over_bare": ratio("collect", "bare"),
-        "collect_over_plain": ratio("collect", "plain"),
-        "nested_over_flat": ratio("nested", "collect"),
-        "recurrent_over_bare": ratio("recurrent", "recurrent_bare"),
-        "sticky_over_plain": ratio("sticky", "collect"),
+        "collect_over_bare": ratio(rates, "collect", "bare"),
+        "collect_over_plain": ratio(rates, "collect", "plain"),
+        "nested_over_flat": ratio(rates, "nested", "collect"),
+        "recurrent_over_bare": ratio(rates, "recurrent", "recurrent_bare"),
+        "sticky_over_plain": ratio(rates, "sticky", "collect"),
         **{f"share_{name}": round(x, 3) for name, x in ctx.times.shares().items()},
         **{f"{name}_steps_per_s": round(statistics.median(values)) for name, values in rates.items()},
     }

@@ -26,7 +26,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from bench_collect import Actor, Rate, run_for
+from bench_collect import Actor, Rate, in_turns, ratio, run_for
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -208,23 +208,12 @@ def main() -> None:
         loop(min(0.3, args.seconds))
     for ctx in contexts.values():
         ctx.times.clear()
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(args.rounds):
-        for name, loop in loops.items():
-            rates[name].append(loop(args.seconds))
-
-    def ratio(a: str, b: str) -> float:
-        if a not in rates:
-            return 0.0
-        return round(statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True)), 3)
-
-    for name, values in rates.items():
-        print(f"{name:15s} {statistics.median(values):12,.0f} steps/s")
+    rates = in_turns(loops, args.seconds, args.rounds)
     result: dict[str, float] = {
-        "vector_over_bare": ratio("vector", "bare"),
-        "vector_late_over_bare": ratio("late", "late_bare"),
-        "vector_short_over_bare": ratio("short", "short_bare"),
-        "envpool_over_bare": ratio("envpool", "envpool_bare"),
+        "vector_over_bare": ratio(rates, "vector", "bare"),
+        "vector_late_over_bare": ratio(rates, "late", "late_bare"),
+        "vector_short_over_bare": ratio(rates, "short", "short_bare"),
+        "envpool_over_bare": ratio(rates, "envpool", "envpool_bare"),
         **{
             f"{prefix}{name}": round(x, 3) for prefix, ctx in contexts.items() for name, x in ctx.times.shares().items()
         },

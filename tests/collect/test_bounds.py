@@ -8,8 +8,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from tests.toys import CountingEnv, Pair, RandomActor, SpaceEnv, SpoiltEnv, StepResult
-from zrl import EnvError
+from tests.toys import N_ACTIONS, CountingEnv, Pair, RandomActor, SpaceEnv, SpoiltEnv, StepResult
+from zrl import ActorError, EnvError
 from zrl.rollout import same
 
 BOX = gym.spaces.Box(np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32))
@@ -113,3 +113,30 @@ def test_what_does_not_fit_the_record_is_said_first() -> None:
         same.rollout([CountingEnv(), SpoiltEnv(3, spoil)], RandomActor(), 6, debug=True) as it,
     ):
         next(it)
+
+
+class Astray(RandomActor):
+    """Its call number `at`, from 1, does what the space does not have, in column 1."""
+
+    def __init__(self, at: int, wrong: int) -> None:
+        super().__init__()
+        self.at, self.wrong, self.n_calls = at, wrong, 0
+
+    def forward(self, obs: Any, act: Any, rew: Any, fin: Any, *, hx: Any = None) -> Any:
+        actions, hx, info = super().forward(obs, act, rew, fin, hx=hx)
+        self.n_calls += 1
+        if self.n_calls == self.at:
+            actions[0, 1] = self.wrong
+        return actions, hx, info
+
+
+@pytest.mark.parametrize("wrong", [-1, N_ACTIONS])
+def test_an_action_that_the_environment_took_though_its_space_has_it_not(wrong: int) -> None:
+    actor = Astray(3 + 4 + 1 + 2, wrong)  # calls of the probe, a fragment, its bootstrap; then the second step
+    with same.rollout(lambda: CountingEnv(), actor, 4, 2) as it:
+        next(it)
+        with pytest.raises(ActorError) as caught:
+            next(it)
+    assert caught.value.leaf == "state.act"
+    assert "the action of step 6, column 1, is outside of its space" in str(caught.value)
+    assert (caught.value.expected, caught.value.found) == (f"0 to {N_ACTIONS - 1}", str(wrong))

@@ -1,7 +1,8 @@
-"""Observations against their space, leaf by leaf: the record alone says nothing of bounds."""
+"""Observations and actions against their space, leaf by leaf: the record alone says nothing of bounds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ import numpy as np
 import optree
 
 from zrl.data.fragment import Array
-from zrl.errors import EnvError
+from zrl.errors import ActorError, EnvError
 
 MOST_TEXT = 200  # characters of a space or a value in a message
 
@@ -40,6 +41,40 @@ def check_bounds(space: gym.Space[Any], obs: Any, env_index: int, phase: str, pa
             leaf=path,
             expected=f"{space!s:.{MOST_TEXT}}",
             found=f"{value!r:.{MOST_TEXT}}" if bounds is None else _first_outside(value, *bounds),
+        )
+
+
+def action_bounds(spaces: Any) -> list[tuple[Any, Any] | None]:
+    """Of each leaf space of an action, the least and the greatest value of each element; None for a Box, which is
+    clipped on the way into the environment, and for text."""
+    leaves = optree.tree_leaves(spaces)
+    return [None if isinstance(space, gym.spaces.Box) else _bounds(space) for space in leaves]
+
+
+def check_actions(
+    arrays: Sequence[Array], bounds: Sequence[tuple[Any, Any] | None], paths: Sequence[str], first_step: int
+) -> None:
+    """Refuse actions that the space does not have: many environments take what they are given.
+
+    Args:
+        arrays: ``[T, B, ...]`` a leaf, the actions of one fragment.
+        bounds: as `action_bounds` gives them.
+        paths: of the leaves.
+        first_step: number of the step of the first row.
+
+    Raises:
+        ActorError: naming leaf, column and step of the first one.
+    """
+    for a, limits, path in zip(arrays, bounds, paths, strict=True):
+        if limits is None or not a.size or ((a >= limits[0]) & (a <= limits[1])).all():
+            continue
+        t, j, *at = map(int, np.argwhere(~((a >= limits[0]) & (a <= limits[1])))[0])
+        low, high = (np.broadcast_to(x, a.shape)[t, j, *at] for x in limits)
+        raise ActorError(
+            f"the action of step {first_step + t}, column {j}, is outside of its space",
+            leaf=path,
+            expected=f"{low} to {high}",
+            found=str(a[t, j, *at]),
         )
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from zrl.collect.actor import BaseActorModule
+from zrl.collect.bounds import action_bounds
 from zrl.collect.collect import Context
 from zrl.collect.debug import CheckedStep
+from zrl.collect.encoding import is_encoded
 from zrl.collect.envs import Columns, PlainColumns
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
 from zrl.collect.setup import set_up
@@ -92,6 +94,8 @@ def build(factory: Environments, actor: BaseActorModule, options: CollectOptions
             first_actions=first_actions(layout.act, actor_layout.act),
             device=o.device,
             sticky=o.sticky,
+            # those of a Text or OneOf are looked at in every step, as they are decoded
+            action_bounds=[] if is_encoded(layout.action_space) else action_bounds(layout.act),
         )
         made.pop_all()
     if o.debug:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zrl.collect.actor import BaseActorModule
+from zrl.collect.bounds import check_actions
 from zrl.collect.cut import CutEpisodes, is_default, value_of
 from zrl.collect.envs import Columns, Ends, check_rewards
 from zrl.collect.spaces import describe
@@ -65,6 +66,9 @@ def collect(ctx: Context, slot: Slot) -> None:
                         break
         _finish(ctx, slot, hx)
     check_rewards(slot.np.state.rew[1:], ctx.clock + 1)
+    if ctx.action_bounds:
+        paths = [leaf.path for leaf in slot.spec.fields["state.act"].leaves]
+        check_actions([a[1:] for a in slot.arrays_of("state.act")], ctx.action_bounds, paths, ctx.clock + 1)
     ctx.clock += ctx.n_steps
     taken = int(np.count_nonzero(slot.np.mask))
     times.n_env_steps += taken
@@ -101,6 +105,7 @@ class Context:
         initial_hx: the recurrent state of a first row.
         first_actions: the a_{-1} of a first row, one array a leaf.
         sticky: freeze a column after an end.
+        action_bounds: see `zrl.collect.bounds.action_bounds`; empty: nothing to look at once a fragment.
         n_steps: T.
         resets: whether the actor is to be told of ends.
         cut: the episodes that were truncated within the fragment in hand.
@@ -123,6 +128,7 @@ class Context:
     first_actions: Sequence[Array]
     device: torch.device
     sticky: bool
+    action_bounds: Sequence[tuple[Any, Any] | None] = ()
     step: Callable[..., tuple[Any, Any, Any]] = dataclasses.field(init=False)
     value: Callable[..., Tensor] = dataclasses.field(init=False)
     read: Callable[[Row], Inputs] = dataclasses.field(init=False)
