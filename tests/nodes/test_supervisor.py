@@ -16,7 +16,7 @@ from zrl.net import sockets as z
 from zrl.net.addresses import MAX_SOCKET_PATH, run_directory
 from zrl.net.codec import decode, encode
 from zrl.nodes.host import Host
-from zrl.nodes.supervisor import EXIT_REFUSED, SupervisorOptions, supervise
+from zrl.nodes.supervisor import EXIT_DONE, EXIT_LEARNER_LOST, EXIT_REFUSED, SupervisorOptions, supervise
 from zrl.protocol import messages as m
 
 PATIENCE = 20.0  # seconds
@@ -110,3 +110,37 @@ def test_a_host_that_waits_for_its_weights_is_not_silent(url: str) -> None:
     finally:
         learner.join()
     assert learner.heard[:4] == ["Hello", "Fetch", "Beat", "Beat"]
+
+
+class Ending(Learner):
+    """Does not know its host any more, and then is about to end."""
+
+    def _answer(self, peer: bytes, message: m.Message) -> None:
+        self.heard.append(type(message).__name__)
+        if isinstance(message, m.Hello) and "Fetch" in self.heard:
+            z.send(self._router, peer, encode(m.Reject(RUN, message.incarnation, "draining", "", False, "")))
+            self.heard.append("Reject")
+        elif isinstance(message, m.Hello):
+            z.send(self._router, peer, encode(welcome(message)))
+        elif isinstance(message, m.Fetch):
+            z.send(self._router, peer, encode(m.HelloAgain(RUN, message.incarnation)))
+
+
+@pytest.mark.parametrize(("last_run", "code"), [(b"r" * 16, EXIT_DONE), (b"s" * 16, EXIT_LEARNER_LOST)])
+def test_a_host_ends_with_its_own_run_and_waits_out_the_end_of_another(
+    url: str, monkeypatch: pytest.MonkeyPatch, last_run: bytes, code: int
+) -> None:
+    hello = Host.hello
+
+    def after_a_run(host: Host) -> m.Hello:
+        host.run_id = last_run
+        return hello(host)
+
+    monkeypatch.setattr(Host, "hello", after_a_run)
+    learner = Ending(url, n_beats=0)
+    learner.start()
+    try:
+        assert supervise(dataclasses.replace(OPTIONS, url=url, give_up_after=5.0)) == code
+    finally:
+        learner.join()
+    assert learner.heard.count("Hello") >= 2

@@ -111,6 +111,7 @@ class Host:
     Attributes:
         incarnation: 16 random bytes, new with each `hello`.
         kids: by incarnation: all that have not ended.
+        run_id: of the last run.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Host:
         self._restarts = self._new_budget()
         self._waiting: dict[int, asyncio.TimerHandle] = {}  # restarts that are due, by index
         self._run: RunInfo | None = None
-        self._run_id = m.NO_ID  # of the last run
+        self.run_id = m.NO_ID
         self._generations: dict[int, int] = {}  # newest of each index in that run
         self._warnings: set[str] = set()  # that workers have uttered
         self._stopping = False
@@ -176,8 +177,8 @@ class Host:
         self._proven.clear()
         self._warnings.clear()
         self._restarts = self._new_budget()
-        if run.run_id != self._run_id:
-            self._run_id = run.run_id
+        if run.run_id != self.run_id:
+            self.run_id = run.run_id
             self._generations.clear()
         for index in range(run.index_base, run.index_base + self.count):
             self._launch(index, self._generations.get(index, -1) + 1)  # a run that goes on has had the seeds of others

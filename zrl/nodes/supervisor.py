@@ -352,6 +352,8 @@ class _Run:
                 return answer
             assert isinstance(answer, m.Reject)
             text = f"the learner refuses this host ({answer.code}): {m.printable(answer.text)}"
+            if answer.code == "draining" and answer.run_id == self._host.run_id:
+                raise _Over("the run is over", EXIT_DONE)  # the one that this host was in until its connection broke
             if not answer.retry and answer.code != "draining":
                 raise _Over(text, EXIT_REFUSED)
             self._say(text)
