@@ -58,9 +58,6 @@ MAX_FRAGMENT_BYTES = 256 << 20
 MOST_WARNINGS, MOST_TEXT = 20, 500  # of workers that are gone, in a second; characters of each
 MOST_LINES = 5  # of leaves that are not as they should be
 DRAIN_SHARE = 0.3  # of the time for closing, in which workers may finish by themselves
-#: The same where there are no children to be ended afterwards. A host that has not read its Drain when the connection
-#: ends never will (libzmq drops it), and waits for another learner.
-DRAIN_SHARE_OF_OTHERS = 0.8
 
 logger = logging.getLogger("zrl")
 
@@ -376,7 +373,7 @@ class Collator:
         self._do(self.scheduler.drain())
         self._do(self.peers.drain())
         left = max(0.0, self._deadline - time.monotonic())
-        until = time.monotonic() + left * (DRAIN_SHARE_OF_OTHERS if self._own is None else DRAIN_SHARE)
+        until = time.monotonic() + left * DRAIN_SHARE
         if self._host is not None:
             await self._host.ended(until - time.monotonic())
         while self._others() and time.monotonic() < until:
