@@ -175,16 +175,19 @@ def test_either_order_of_start(programs: Programs, kind: str) -> None:
     assert "the run is over" in worker.text
 
 
-def test_a_worker_that_is_slow_to_finish_ends_with_its_run(programs: Programs) -> None:
+@pytest.mark.parametrize("who", ["zygote", "host"])
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+def test_a_worker_that_is_slow_to_finish_ends_with_its_run(programs: Programs, who: str, kind: str) -> None:
     """The learner asks it to finish, and goes before it has: that is no lost learner to wait for."""
-    url = address("ipc", programs.folder)
+    url = address(kind, programs.folder)
     learner, worker = programs.learner(url, "--steps", "100M"), programs.worker(url)
     worker.wait_for("welcome")
     zygote = children_of(worker.process.pid)[0]
-    os.kill(zygote, signal.SIGSTOP)  # so it cannot start or end anybody
+    stopped = zygote if who == "zygote" else worker.process.pid  # so it cannot start or end anybody, or read a word
+    os.kill(stopped, signal.SIGSTOP)
     learner.process.send_signal(signal.SIGINT)
     assert learner.wait() == 130, learner.text
-    os.kill(zygote, signal.SIGCONT)
+    os.kill(stopped, signal.SIGCONT)
     assert worker.wait() == 0, worker.text
 
 

@@ -45,7 +45,7 @@ class Endpoint:
         self._turn: asyncio.Handle | None = None  # the next one, where it is due without the descriptor
         self._reading = False
         self._fd: int = socket.get(zmq.FD)  # type: ignore[assignment]
-        loop.add_reader(self._fd, self._read)
+        loop.add_reader(self._fd, self.read)
         self._after_use()  # what came before the descriptor was watched
 
     def send(self, *frames: bytes | memoryview) -> bool:
@@ -64,7 +64,8 @@ class Endpoint:
         self._loop.remove_reader(self._fd)
         self.socket.close()
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Take a turn: called by the loop, and by whoever wants what waits now."""
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
@@ -86,4 +87,4 @@ class Endpoint:
 
     def _schedule(self) -> None:
         if self._turn is None:
-            self._turn = self._loop.call_soon(self._read)
+            self._turn = self._loop.call_soon(self.read)

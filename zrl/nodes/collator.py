@@ -372,6 +372,7 @@ class Collator:
         """Ask everybody to finish; wait for it, for a part of the time. Then the stack of `_main` closes all."""
         self._do(self.scheduler.drain())
         self._do(self.peers.drain())
+        self._publish_status()  # for hosts that stand still, and find their connection broken when they go on
         left = max(0.0, self._deadline - time.monotonic())
         until = time.monotonic() + left * DRAIN_SHARE
         if self._host is not None:
@@ -428,6 +429,9 @@ class Collator:
             self._host.tick(now)
         self._check_starvation(now)
         self._recent = self._history.look(self._totals(now))
+        self._publish_status()
+
+    def _publish_status(self) -> None:
         send(self._pub, TOPIC_STATUS + frame(self._status()))
 
     def _check_starvation(self, now: float) -> None:
@@ -699,6 +703,7 @@ class Collator:
             time=time.time(),
             uptime=time.monotonic() - self._began,
             url=self.urls[0] if self.urls else "",
+            ending=self.peers.draining,
         )
 
     def _totals(self, now: float) -> Totals:

@@ -28,7 +28,7 @@ MOST_DEPTH = 8  # of it
 VERSION = version("zrl")
 
 #: What is left of a document that would be too long even without its rows of workers.
-_ESSENTIAL = ("run_id", "version", "time", "zrl", "uptime", "url", "verdict", "peers_omitted")
+_ESSENTIAL = ("run_id", "version", "time", "zrl", "uptime", "url", "ending", "verdict", "peers_omitted")
 
 
 @dataclass

@@ -50,6 +50,7 @@ ANSWER_TIMEOUT = 60.0  # seconds for Weights after Fetch: they may be large, and
 FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
 GRACE = 5.0  # seconds for the workers' end
 BYE_TIMEOUT = 2.0
+SETTLE = 0.1  # seconds between the end of the connection and the look at what came before it on others
 EXIT_DONE, EXIT_FAILED, EXIT_LEARNER_LOST, EXIT_BUDGET_SPENT, EXIT_REFUSED = 0, 1, 3, 4, 5
 
 logger = logging.getLogger("zrl")
@@ -219,6 +220,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._answers: asyncio.Queue[m.Message] = asyncio.Queue()
+        self._status: Endpoint | None = None
         self._flat: Any = None  # the payload of the last Weights
         self._hello = host.hello()
         self._welcome: m.Welcome | None = None
@@ -317,7 +319,9 @@ class _Run:
             (TOPIC_STATUS, self._on_status, m.LARGE_HEADER),
         ):
             sub = make_sub(self._context, welcome.pub_url, topic, max_nbytes=most, keys=self._o.keys)
-            self._opened.callback(Endpoint(sub, self._loop, handler).close)
+            endpoint = Endpoint(sub, self._loop, handler)
+            self._opened.callback(endpoint.close)
+        self._status = endpoint
         self._heard = time.monotonic()
         if self._draining:
             raise _Over("the run is over", EXIT_DONE)
@@ -389,7 +393,15 @@ class _Run:
             return
         if self._broken.refusal is not None:
             self.over(_Over(why_refused(self._broken.refusal, self._o.url, self._o.keys)))
-        if self._draining:  # it does not wait for ever for those who are asked to finish
+            return
+        self._loop.call_later(SETTLE, self._on_broken)
+
+    def _on_broken(self) -> None:
+        """The learner is gone. It does not wait for ever for those who are asked to finish: a Drain that was not read in
+        time went with the connection, but the last status is still there."""
+        if self._status is not None:
+            self._status.read()
+        if self._draining:
             self.over(_Over("the run is over", EXIT_DONE))
         self.over(_Over("the connection to the learner broke"))
 
@@ -407,14 +419,18 @@ class _Run:
         elif isinstance(message, m.Revoke):
             self._host.revoke(message.worker, m.printable(message.reason))
         elif isinstance(message, m.Drain):
-            self._draining = True
-            self._host.drain()
+            self._drain()
         elif isinstance(message, m.Weights) and self._board is not None:
             self._adopt(message.version, flat)
         else:
             if flat is not None:
                 self._flat = flat
             self._answers.put_nowait(message)
+
+    def _drain(self) -> None:
+        if not self._draining:
+            self._draining = True
+            self._host.drain()
 
     def _payload(self, weights: m.Weights, rest: Rest) -> Any:
         if weights.nbytes > MAX_WEIGHTS_NBYTES:
@@ -444,12 +460,14 @@ class _Run:
         """The heartbeat. It also tells of weights that we missed: those of the moment in which we subscribed."""
         try:
             status = json.loads(frame[len(TOPIC_STATUS) :])
-            run_id, version = status["run_id"], int(status["version"])
+            run_id, version, ending = status["run_id"], int(status["version"]), status.get("ending") is True
         except (ValueError, TypeError, KeyError, RecursionError):
             return
         if run_id != self._hello.run_id.hex():
             return
         self._heard = time.monotonic()
+        if ending:
+            self._drain()
         board = self._board
         if board is None or version <= board.version:
             self._behind = 0
