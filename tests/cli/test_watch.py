@@ -116,6 +116,11 @@ def until(done: Callable[[], bool], what: Callable[[], str]) -> None:
 def test_top_without_a_terminal(url: str, tmp_path: Path) -> None:
     """Lines while the learner is there, one when it is gone, lines again when another one comes; Ctrl-C ends it."""
     log = tmp_path / "log"
+
+    def runs() -> set[str]:
+        """Runs that it has shown. Of each there may be several lines, and more of learners that seem gone for a while."""
+        return {text.split()[3] for text in log.read_text().splitlines() if text.startswith("CartPole-v1 a2c run ")}
+
     with log.open("wb") as out:
         top = subprocess.Popen(
             [sys.executable, "-m", "zrl", "top", url],
@@ -126,10 +131,9 @@ def test_top_without_a_terminal(url: str, tmp_path: Path) -> None:
     try:
         for n in (1, 2):
             with learner(url):
-                until(lambda n=n: log.read_text().count("CartPole-v1 a2c run") >= n, log.read_text)  # type: ignore[misc]
-            until(lambda n=n: log.read_text().count("waiting for one") == n, log.read_text)  # type: ignore[misc]
-        runs = {text.split()[3] for text in log.read_text().splitlines() if text.startswith("CartPole")}
-        assert len(runs) == 2
+                until(lambda n=n: len(runs()) == n, log.read_text)  # type: ignore[misc]
+            until(lambda: "waiting for one" in log.read_text().splitlines()[-1], log.read_text)
+        assert len(runs()) == 2
         top.send_signal(signal.SIGINT)
         assert top.wait(LIMIT) == 0
     finally:

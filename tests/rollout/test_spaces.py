@@ -29,6 +29,7 @@ from zrl.train.named import EnvFactory
 ROOT = Path(__file__).parents[2]
 DEADLINE = 40.0  # seconds for anything at all
 T, B = 4, 2
+REMOTE = {"cluster": (), "remote": ("--no-shm",)}  # words for zrl worker
 MORE: dict[str, Any] = {"entropy": 3, "max_lag": 0, "keep_final_obs": True}
 
 
@@ -56,7 +57,7 @@ def test_multi() -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("how", ["single", "multi", "cluster"])
+@pytest.mark.parametrize("how", ["single", "multi", "cluster", "remote"])
 @settings(max_examples=3, derandomize=True, phases=[Phase.generate])  # each starts processes
 @given(seen=nests(["tuple", "list", "named"]), act=nests(["tuple"]), sticky=st.booleans())
 def test_drawn_spaces(how: str, seen: Nest, act: Nest, sticky: bool) -> None:
@@ -78,7 +79,7 @@ def test_drawn_spaces(how: str, seen: Nest, act: Nest, sticky: bool) -> None:
         folder, url = Path(name), f"ipc://{name}/l"
         (folder / "nests").write_bytes(cloudpickle.dumps((seen, act)))
         with (
-            worker(url, folder / "a", ZRL_TEST_NESTS=str(folder / "nests")) as first,
+            worker(url, folder / "a", *REMOTE[how], ZRL_TEST_NESTS=str(folder / "nests")) as first,
             cluster.rollout(
                 "tests.spaces:tests/Drawn-v0",
                 AnyActor(act.space),
@@ -117,8 +118,8 @@ def test_a_worker_with_another_space(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def worker(url: str, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    words = ["worker", "--connect", url, "--count", "2", "--id", log.stem, "--import", "tests.spaces"]
+def worker(url: str, log: Path, *more: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    words = ["worker", "--connect", url, "--count", "2", "--id", log.stem, "--import", "tests.spaces", *more]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "zrl", *words],
@@ -135,14 +136,15 @@ def worker(url: str, log: Path, **environment: str) -> Iterator[subprocess.Popen
         process.wait()
 
 
-def test_cluster_and_a_host_with_another_space(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("how", REMOTE)
+def test_cluster_and_a_host_with_another_space(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
     tmp_path.chmod(0o700)
     url = f"ipc://{tmp_path}/l"
     names: Any = {"actor_name": "tests.spaces:any_actor", "info_keys": tuple(INFO_KEYS), "n_actors": 2}
-    with caplog.at_level(logging.WARNING, "zrl"), worker(url, tmp_path / "a") as first:
+    with caplog.at_level(logging.WARNING, "zrl"), worker(url, tmp_path / "a", *REMOTE[how]) as first:
         with cluster.rollout("tests.spaces:tests/Every-v0", actor(), T, B, 2, 2, bind=url, **names, **MORE) as it:
             check(it, 2)
-            with worker(url, tmp_path / "b", ZRL_TEST_WIDTH="4") as other:
+            with worker(url, tmp_path / "b", *REMOTE[how], ZRL_TEST_WIDTH="4") as other:
                 assert other.wait(DEADLINE) == 5
             next(it)
             assert it.stats()["losses"]["rejected: spec"] >= 1

@@ -72,7 +72,7 @@ def test_status_is_the_document_of_the_topic(monkeypatch: pytest.MonkeyPatch) ->
         stats = it.stats()
         assert set(status) == set(published)
         assert status == json.loads(json.dumps(status, allow_nan=False))
-        assert set(status) == set(stats) | {"run_id", "lags", "time", "zrl", "uptime", "url", "training"}
+        assert set(status) == set(stats) | {"run_id", "lags", "time", "zrl", "uptime", "url", "ending", "training"}
         assert set(status["lag"]) == {"min", "mean", "max"}
         assert sum(status["lags"].values()) == sum(stats["lag"].values()) == 2 * n
         assert set(stats["seconds"]) == set(status["seconds"])

@@ -41,6 +41,11 @@ EXIT_USAGE = 2
 )  # fmt: skip
 @click.option("--logs", type=click.Path(path_type=Path), default=None, help="folder of the workers' output")
 @keys_option("folder with this host's keys, for a learner that has some")
+@click.option(
+    "--no-shm",
+    is_flag=True,
+    help="send fragments, also to a learner on this machine that could read the workers' memory",
+)
 @click.option("--insecure", is_flag=True, help="connect without keys to another machine")
 @click.option("--start-method", type=click.Choice(["fork", "spawn"]), default="fork", show_default=True)
 def worker_command(
@@ -52,6 +57,7 @@ def worker_command(
     give_up_after: float | None,
     logs: Path | None,
     keys: Path | None,
+    no_shm: bool,
     insecure: bool,
     start_method: str,
 ) -> None:
@@ -81,6 +87,7 @@ def worker_command(
         start_method=start_method,
         give_up_after=give_up_after,
         keys=pair,
+        shm=not no_shm,
     )
     try:
         code = supervise(options, click.echo)

@@ -38,8 +38,6 @@ def pub_url(url: str) -> str:
     if url.startswith("ipc://"):
         return url + ".pub"
     head, _, port = url.rpartition(":")
-    if port == "*":
-        return url
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65535:
         raise ConfigError(f"{url}: expected a port from 1 to 65534, not {port!r}")
     return f"{head}:{int(port) + 1}"
@@ -101,6 +99,24 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:  # a name
         return False
+
+
+def reachable(url: str) -> str:
+    """A URL that was bound, as others may connect to it: the wildcard address stands for one of this machine's own,
+    that of the interface which leads out, else for its name."""
+    host = url.removeprefix("tcp://").rpartition(":")[0]
+    if host not in ("0.0.0.0", "[::]"):
+        return url
+    family, outside = (
+        (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
+    )  # RFC 5737, RFC 3849: nobody's
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((outside, 9))  # nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        own = socket.gethostname()
+    return url.replace(host, f"[{own}]" if ":" in own else own, 1)
 
 
 def _check_tcp(url: str, anywhere: bool) -> None:

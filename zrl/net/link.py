@@ -57,7 +57,8 @@ class Link:
             poller.register(self._broken.socket, zmq.POLLIN)
 
     def send(self, message: Message, *payload: memoryview) -> None:
-        """Send one message; the first one waits for the connection.
+        """Send one message; the first one waits for the connection. A payload is not copied: it may be written again
+        when the other side has said that it has it.
 
         Raises:
             LinkLost: there is no connection.
@@ -66,7 +67,7 @@ class Link:
         frames: tuple[bytes | memoryview, ...] = (encode(message), *payload)
         deadline = time.monotonic() + self._timeout
         poller = self._for_sending
-        while not send(self._dealer, *frames):
+        while not send(self._dealer, *frames, copy=not payload):
             left = deadline - time.monotonic()
             if self._broken.seen():
                 raise LinkLost(self._why(f"no connection to {self._url}"))

@@ -261,10 +261,11 @@ def waiting(socket: Socket) -> bool:
     return bool(events & zmq.POLLIN)
 
 
-def send(socket: Socket, *frames: bytes | memoryview) -> bool:
-    """Send one message without waiting; False where there is nobody to send it to."""
+def send(socket: Socket, *frames: bytes | memoryview, copy: bool = True) -> bool:
+    """Send one message without waiting; False where there is nobody to send it to. Without `copy` large frames are read
+    whenever libzmq comes to it."""
     try:
-        socket.send_multipart(frames, zmq.NOBLOCK)
+        socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
     except zmq.ZMQError as error:
         if error.errno in (errno.EAGAIN, errno.EHOSTUNREACH):
             return False

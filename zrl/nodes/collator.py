@@ -28,13 +28,10 @@ import torch
 import uvloop
 
 from zrl.data.batch import FragmentMeta
-from zrl.data.fragment import Slot
-from zrl.data.memory import Memory, MemoryAddress, boot_id
-from zrl.data.ring import Ring
-from zrl.data.spec import FragmentSpec
-from zrl.errors import ProtocolError, RecordError, SharedMemoryError, StarvationError, ZrlError
+from zrl.data.memory import boot_id
+from zrl.errors import ConfigError, ProtocolError, StarvationError, ZrlError
 from zrl.metrics import History, Recent, Situation, StageTimes, Totals, verdict
-from zrl.net.addresses import pub_url
+from zrl.net.addresses import pub_url, reachable
 from zrl.net.auth import Gate
 from zrl.net.codec import TOPIC_STATUS, decode, encode
 from zrl.net.endpoint import Endpoint
@@ -45,6 +42,7 @@ from zrl.nodes.feed import Feed
 from zrl.nodes.host import Host, Patience, RunInfo
 from zrl.nodes.limits import raise_descriptor_limit
 from zrl.nodes.publisher import Publisher
+from zrl.nodes.rings import Refusal, Rings
 from zrl.nodes.status import Learner, cores, document, frame, rows_of
 from zrl.protocol import messages as m
 from zrl.protocol import peers as p
@@ -55,8 +53,9 @@ from zrl.protocol.slots import SlotTable, Unmap
 
 TICK = 1.0  # seconds between two looks at the clock
 MAX_FRAGMENT_BYTES = 256 << 20
-MOST_WARNINGS, MOST_TEXT = 20, 500  # of workers that are gone, in a second; characters of each
-MOST_LINES = 5  # of leaves that are not as they should be
+MOST_WARNINGS, MOST_TEXT = 20, 500  # of what peers do, in a second; characters of each error
+LEAST_RATE = 125_000  # bytes a second that a remote worker's way is taken to have at least
+PORT_TRIES = 50
 DRAIN_SHARE = 0.3  # of the time for closing, in which workers may finish by themselves
 
 logger = logging.getLogger("zrl")
@@ -111,21 +110,6 @@ class OwnHost:
     keep_log: Callable[[Path], Path]
 
 
-class _Mapped:
-    """An attached ring, and its slots as the feed reads them."""
-
-    def __init__(self, ring: Ring, spec: FragmentSpec, feed: Feed) -> None:
-        self._ring, self._feed = ring, feed
-        self.slots = [Slot(spec, ring.slot(k)) for k in range(ring.n_slots)]
-        self._registered = feed.register(ring.memory.data)
-
-    def close(self) -> None:
-        if self._registered:
-            self._feed.unregister(self._ring.memory.data)
-        self.slots.clear()
-        self._ring.close()
-
-
 class Collator:
     """Made and closed by the user's thread; `start` it once.
 
@@ -149,13 +133,12 @@ class Collator:
         self.plan = plan
         self.publisher = publisher
         self.urls: list[str] = []
-        self.pub_urls: list[str] = []
         self.slots = SlotTable(newest=publisher.version)
         self.scheduler = s.scheduler(
             self.slots, n_per_batch=plan.n_per_batch, max_lag=plan.max_lag, n_workers=plan.n_workers
         )
         self.feed = Feed(plan.n_per_batch, device, on_copied=lambda batch_id: self._post(self._copied, batch_id))
-        self.spec: FragmentSpec | None = None
+        self._rings = Rings(plan.n_steps, plan.n_columns, plan.slots_of, plan.max_fragment_bytes, self.feed)
         self.times = StageTimes()
         self.waited = 0.0  # seconds that workers waited for slots
         self.losses: Counter[str] = Counter()
@@ -166,10 +149,9 @@ class Collator:
         self._recent = Recent()  # as of the last tick
         self._cores = cores()
         self._odd = 0
-        self._warned = 0  # of workers that are gone, since the last tick
+        self._warned = 0  # of what peers do, since the last tick
         self._run_dir = run_dir
         self._own = own
-        self._mapped: dict[bytes, _Mapped] = {}
         self._todo: deque[s.Command | p.Command] = deque()
         self._busy = False
         self._had_enough = own is not None  # those of others are waited for
@@ -288,7 +270,7 @@ class Collator:
         opened.callback(self._pub.close)
         opened.callback(self._router.close)
         self._bind()
-        opened.callback(self._unmap_all)
+        opened.callback(self._rings.close)
         welcome = self._welcome()
         encode(welcome)  # a name that is too long is an error now
         self.peers = p.Peers(welcome, boot_id=boot_id(), slots_of=self.plan.slots_of)
@@ -323,16 +305,26 @@ class Collator:
             secure(self._pub, plan.keys.pair)
         for url in plan.bind:
             if url not in plain:
-                self._bind_both(url)
+                bound, pub = self._bind_both(url)
                 if gate is not None:
-                    gate.check(self.urls[-1])
-                    gate.check(self.pub_urls[-1], pub=True)
+                    gate.check(bound)
+                    gate.check(pub, pub=True)
 
-    def _bind_both(self, url: str) -> None:
+    def _bind_both(self, url: str) -> tuple[str, str]:
+        """ROUTER and, beside it, PUB: where they are bound. For ``*`` a port is sought that is free with the next."""
         anywhere = self.plan.keys is not None or self.plan.insecure
-        bound = bind(self._router, url, anywhere=anywhere)
-        self.urls.append(bound)
-        self.pub_urls.append(bind(self._pub, pub_url(url if url.endswith(":*") else bound), anywhere=anywhere))
+        for left in reversed(range(PORT_TRIES if url.endswith(":*") else 1)):
+            bound = bind(self._router, url, anywhere=anywhere)
+            try:
+                pub = bind(self._pub, pub_url(bound), anywhere=anywhere)
+            except ConfigError:
+                if not left:
+                    raise
+                self._router.unbind(bound)
+            else:
+                break
+        self.urls.append(reachable(bound))
+        return bound, pub
 
     def _end_context(self, context: Context) -> None:
         context.term()
@@ -356,7 +348,7 @@ class Collator:
             env=plan.env,
             actor=plan.actor,
             version=self.publisher.version,
-            pub_url=self.pub_urls[-1],
+            pub_url="",
         )
 
     def fail(self, error: BaseException) -> None:
@@ -388,11 +380,6 @@ class Collator:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _unmap_all(self) -> None:
-        for mapped in self._mapped.values():
-            mapped.close()
-        self._mapped.clear()
-
     # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_message(self, peer: bytes, header: bytes, rest: Rest) -> None:
@@ -401,7 +388,24 @@ class Collator:
         except ProtocolError:
             self._odd += 1
             return
-        self._do(self.peers.receive(peer, message, time.monotonic(), self.slots.books))
+        commands = self.peers.receive(peer, message, time.monotonic(), self.slots.books)
+        if not (commands and isinstance(message, m.Ready)) or self._receive(message, rest):
+            self._do(commands)
+
+    def _receive(self, ready: m.Ready, payload: Rest) -> bool:
+        """Take the fragment out of the socket, where a remote worker in good standing sends one. Where that comes to
+        nothing its slot stays with the worker, which will disagree with the books, and be replaced."""
+        if not self._rings.is_remote(ready.incarnation):
+            return True
+        if self.slots.check(ready.incarnation, ready.slot, ready.seq, ready.version) is not None:
+            return False  # and counted
+        try:
+            self._rings.receive(ready.incarnation, ready.slot, payload)
+        except ProtocolError as error:
+            self.slots.refused["payload"] += 1
+            self._warn("worker %d: %s", self.peers.workers[ready.incarnation].index, error)
+            return False
+        return True
 
     def _from_own_host(self, message: m.Message) -> None:
         self._do(self.peers.receive(p.OWN, message, time.monotonic(), self.slots.books))
@@ -486,7 +490,7 @@ class Collator:
             self._to(worker.peer, m.Release(self.publisher.run_id, c.incarnation, c.slot, c.least_version))
 
     def _form(self, c: s.FormBatch) -> None:
-        slots = [self._mapped[f.incarnation].slots[f.slot] for f in c.fragments]
+        slots = [self._rings.slot(f.incarnation, f.slot) for f in c.fragments]
         metas = [FragmentMeta(f.version, f.worker, f.seq) for f in c.fragments]
         self.feed.submit(c.batch_id, slots, metas)
 
@@ -497,7 +501,7 @@ class Collator:
         """The books have counted it."""
 
     def _unmap(self, c: Unmap) -> None:
-        self._mapped.pop(c.incarnation).close()
+        self._rings.let_go(c.incarnation)
 
     def _send(self, c: p.Send) -> None:
         if c.peer == p.OWN:
@@ -523,76 +527,24 @@ class Collator:
 
     def _inspect(self, c: p.Inspect) -> None:
         attach = c.attach
+        index = self.peers.workers[attach.incarnation].index
         try:
             if attach.incarnation in self.slots.rings:  # lost, with a slot that is still being copied
-                raise _Refusal("ring", "this incarnation has had its ring")
-            mapped = self._map(attach)
-        except _Refusal as no:
+                raise Refusal("ring", "this incarnation has had its ring")
+            local = self._rings.attach(attach, index)
+        except Refusal as no:
             self._do(self.peers.refused(attach.incarnation, no.code, str(no)))
             return
         except Exception as error:  # no memory for the batches, a device that failed
             self.fail(error)
             return
-        accepted = self.peers.accepted(attach.incarnation, local=True)
+        slack = 0.0 if local else attach.n_slots * attach.slot_nbytes / LEAST_RATE
+        accepted = self.peers.accepted(attach.incarnation, local=local, slack=slack)
         if not accepted:
-            mapped.close()
+            self._rings.let_go(attach.incarnation)
             return
-        self._mapped[attach.incarnation] = mapped
         self._do(accepted)
-        index = self.peers.workers[attach.incarnation].index
         self._do(self.scheduler.worker_attached(attach.incarnation, index, attach.n_slots))
-
-    def _map(self, attach: m.Attach) -> _Mapped:
-        """The ring of this Attach, if it is as it should be."""
-        spec = self._spec_of(attach)
-        n_slots = self.plan.slots_of(self.peers.workers[attach.incarnation].index)
-        if (attach.n_slots, attach.slot_nbytes) != (n_slots, spec.nbytes):
-            expected, found = (n_slots, spec.nbytes), (attach.n_slots, attach.slot_nbytes)
-            raise _Refusal("ring", f"slots and bytes of a slot: expected {expected}, found {found}")
-        address = MemoryAddress(attach.pid, attach.fd, attach.nbytes, attach.boot_id, attach.path)
-        most = n_slots * (self.plan.max_fragment_bytes + 4096) + 4096
-        try:
-            memory = Memory.attach(address, max_nbytes=most)
-        except SharedMemoryError as error:
-            raise _Refusal("remote_unsupported", f"the learner cannot open the ring: {error}") from None
-        try:
-            ring = Ring.over(
-                memory,
-                run_id=attach.run_id,
-                incarnation=attach.incarnation,
-                digest=attach.digest,
-                slot_nbytes=spec.nbytes,
-                n_slots=n_slots,
-            )
-        except SharedMemoryError as error:
-            memory.close()
-            raise _Refusal("ring", str(error)) from None
-        if self.spec is None:
-            self.feed.begin(spec)
-            self.spec = spec
-        return _Mapped(ring, spec, self.feed)
-
-    def _spec_of(self, attach: m.Attach) -> FragmentSpec:
-        """The specification of this Attach, if it is that of the run; the first one makes it."""
-        plan = self.plan
-        try:
-            spec = FragmentSpec.from_plain(attach.spec, most_nbytes=plan.max_fragment_bytes)
-        except RecordError as error:
-            raise _Refusal("spec", str(error)) from None
-        if (spec.n_steps, spec.n_columns) != (plan.n_steps, plan.n_columns):
-            expected, found = (plan.n_steps, plan.n_columns), (spec.n_steps, spec.n_columns)
-            raise _Refusal("spec", f"steps and columns: expected {expected}, found {found}")
-        if spec.digest != attach.digest:
-            raise _Refusal("spec", "the digest is that of another specification")
-        if self.spec is not None and self.spec.digest != spec.digest:
-            lines = self.spec.differences(spec)
-            more = f"; and {len(lines) - MOST_LINES} leaves more" if len(lines) > MOST_LINES else ""
-            raise _Refusal(
-                "spec",
-                f"its fragments are not those of this run's first worker, so its environments or its actor are others: "
-                f"{'; '.join(lines[:MOST_LINES])}{more}",
-            )
-        return spec
 
     def _send_weights(self, c: p.SendWeights) -> None:
         header, frames = self.publisher.answer(c.incarnation)
@@ -603,10 +555,7 @@ class Collator:
         if not c.again and c.reason not in ("bye", "drained"):
             self.losses[c.reason] += 1
         if report is not None and self._host is None and report.cause not in ("drained", "disconnected"):
-            self._warned += 1
-            if self._warned <= MOST_WARNINGS:
-                error = m.printable(report.error[:MOST_TEXT])
-                logger.warning("worker %d is gone (%s): %s", c.worker, report.cause, error)
+            self._warn("worker %d is gone (%s): %s", c.worker, report.cause, m.printable(report.error[:MOST_TEXT]))
         before = self.scheduler.n_regranted
         self._do(self.scheduler.gone(c.incarnation, "gone", clean=c.clean))
         if self.scheduler.n_regranted > before:
@@ -615,6 +564,11 @@ class Collator:
                 "bit any more",
                 c.worker,
             )
+
+    def _warn(self, text: str, *args: object) -> None:
+        self._warned += 1
+        if self._warned <= MOST_WARNINGS:
+            logger.warning(text, *args)
 
     def _host_lost(self, c: p.HostLost) -> None:
         logger.info("host %s is gone: %s", m.printable(c.name), c.reason)
@@ -744,14 +698,6 @@ class Collator:
         if not self.peers.hosts:
             return f"start some: zrl worker --connect {self.urls[0]}"
         return "they are being started"
-
-
-class _Refusal(Exception):
-    """An Attach is refused, with this code."""
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 def _listed(counter: Counter[str]) -> str:

@@ -78,6 +78,7 @@ class RunInfo:
     board_digest: bytes
     board_nbytes: int
     keys: str = ""
+    shm: bool = True
 
 
 @dataclass
@@ -107,6 +108,7 @@ class Host:
         tell: takes a message for the learner.
         failed: takes the error after which there is no going on.
         keep_log: makes sure that a log stays; its path then.
+        near: whether to say which machine this is: a learner on the same one expects to hear from it more often.
 
     Attributes:
         incarnation: 16 random bytes, new with each `hello`.
@@ -125,12 +127,13 @@ class Host:
         tell: Callable[[m.Message], None],
         failed: Callable[[ZrlError], None],
         keep_log: Callable[[Path], Path] = lambda log: log,
+        near: bool = True,
     ) -> None:
         self.name, self.count = name, count
         self.incarnation = m.NO_ID
         self.kids: dict[bytes, Kid] = {}
         self.n_started = self.n_replaced = 0
-        self._zygote, self._loop = zygote, loop
+        self._zygote, self._loop, self._near = zygote, loop, near
         self._patience = patience
         self._tell, self._failed, self._keep_log = tell, failed, keep_log
         self._by_serial: dict[int, Kid] = {}
@@ -158,7 +161,7 @@ class Host:
             name=self.name,
             versions=(f"python {sys.version_info[0]}.{sys.version_info[1]}",),
             pid=os.getpid(),
-            boot_id=boot_id(),
+            boot_id=boot_id() if self._near else "",
             host=m.NO_ID,
             index=0,
             generation=0,
@@ -262,6 +265,7 @@ class Host:
             board_digest=run.board_digest,
             board_nbytes=run.board_nbytes,
             keys=run.keys,
+            shm=run.shm,
         )
         try:
             child = self._zygote.fork(name, (job,))

@@ -14,6 +14,7 @@ class WorkerJob:
     Attributes:
         url: of the learner's ROUTER.
         board_digest, board_nbytes: of the weights' manifest.
+        shm: whether its ring is made such that the learner can open it.
         keys: path of its host's key files, see `zrl.net.keys.HostKeys`; empty: none.
     """
 
@@ -29,3 +30,4 @@ class WorkerJob:
     board_digest: bytes
     board_nbytes: int
     keys: str = ""
+    shm: bool = True

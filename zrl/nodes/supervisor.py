@@ -34,7 +34,7 @@ import uvloop
 
 from zrl.data.board import Board, crc32
 from zrl.errors import ProtocolError, WorkerError, ZrlError
-from zrl.net.addresses import check_connect, is_loopback, run_directory
+from zrl.net.addresses import check_connect, is_loopback, pub_url, run_directory
 from zrl.net.codec import TOPIC_STATUS, TOPIC_WEIGHTS, decode, decode_weights, encode
 from zrl.net.endpoint import Endpoint
 from zrl.net.keys import HostKeys
@@ -68,6 +68,7 @@ class SupervisorOptions:
         log_dir: of the workers; a temporary one that goes at the end, if None.
         give_up_after: seconds without a learner after which to end; None: never.
         silence: seconds without the learner's heartbeat after which it is lost; None: 5 on this machine, else 15.
+        shm: whether a learner on this machine may read the workers' memory; without, all is as if it were on another.
         keys: of this host; its workers read them from the same files.
     """
 
@@ -83,6 +84,7 @@ class SupervisorOptions:
     give_up_after: float | None = None
     silence: float | None = None
     keys: HostKeys | None = None
+    shm: bool = True
 
 
 class _Over(Exception):
@@ -137,7 +139,8 @@ class _Supervisor:
         keep_log: Callable[[Path], Path],
     ) -> None:
         self._o, self._zygote, self._say, self._keep_log = options, zygote, say, keep_log
-        self._silence = options.silence or (5.0 if is_loopback(options.url) else 15.0)
+        near = options.shm and is_loopback(options.url)
+        self._silence = options.silence or (5.0 if near else 15.0)
         self._run: _Run | None = None
         self._last: _Over | None = None  # why the process is to end
         self._wake = asyncio.Event()
@@ -154,6 +157,7 @@ class _Supervisor:
             tell=self._tell,
             failed=self._failed,
             keep_log=self._keep_log,
+            near=self._o.shm,
         )
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, functools.partial(self._stop, signum))
@@ -318,7 +322,9 @@ class _Run:
             (TOPIC_WEIGHTS, self._on_weights, limit),
             (TOPIC_STATUS, self._on_status, m.LARGE_HEADER),
         ):
-            sub = make_sub(self._context, welcome.pub_url, topic, max_nbytes=most, keys=self._o.keys)
+            sub = make_sub(
+                self._context, welcome.pub_url or pub_url(self._o.url), topic, max_nbytes=most, keys=self._o.keys
+            )
             endpoint = Endpoint(sub, self._loop, handler)
             self._opened.callback(endpoint.close)
         self._status = endpoint
@@ -334,6 +340,7 @@ class _Run:
                 weights.digest,
                 weights.nbytes,
                 "" if self._o.keys is None else str(self._o.keys.path),
+                self._o.shm,
             )
         )
         last = welcome.index_base + self._o.count - 1
@@ -397,8 +404,8 @@ class _Run:
         self._loop.call_later(SETTLE, self._on_broken)
 
     def _on_broken(self) -> None:
-        """The learner is gone. It does not wait for ever for those who are asked to finish: a Drain that was not read in
-        time went with the connection, but the last status is still there."""
+        """The learner is gone. It does not wait for ever for those who are asked to finish: a Drain that was not read
+        in time went with the connection, but the last status is still there."""
         if self._status is not None:
             self._status.read()
         if self._draining:

@@ -37,13 +37,14 @@ from zrl.collect.debug import check_forward
 from zrl.collect.spaces import Factory
 from zrl.data.board import Board
 from zrl.data.fragment import Slot
-from zrl.data.memory import boot_id
+from zrl.data.memory import MemoryAddress, boot_id
 from zrl.data.ring import Ring
 from zrl.data.spec import FragmentSpec
 from zrl.data.weights import WeightsPacker
 from zrl.errors import EnvError, ProcessError
 from zrl.net.keys import host_keys_at
 from zrl.net.link import Link, LinkLost
+from zrl.net.sockets import chunks
 from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase
 from zrl.nodes.pipe import CONNECTION_ENDED
@@ -132,9 +133,9 @@ class _Worker:
             self._opened.callback(ctx.columns.close)
         ctx.columns.calls = self.page.calls
         ctx.streams.stay()
-        slots = self._attach(ctx.spec, welcome.n_slots)
+        slots, payloads = self._attach(ctx.spec, welcome.n_slots)
         while (grant := self._next_grant()) is not None and self._adopt(grant.least_version):
-            self._deliver(ctx, slots[grant.slot], grant, debug=recipe.debug)
+            self._deliver(ctx, slots[grant.slot], grant, payloads[grant.slot], debug=recipe.debug)
         self._leave()
 
     # ── the start ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,12 +167,14 @@ class _Worker:
                 delay = min(2 * delay, 5.0)
         raise LinkLost(f"no Welcome within {START_TIMEOUT:.0f} s")
 
-    def _attach(self, spec: FragmentSpec, n_slots: int) -> list[Slot]:
-        """The slots of the new ring, accepted by the learner."""
+    def _attach(self, spec: FragmentSpec, n_slots: int) -> tuple[list[Slot], list[list[memoryview]]]:
+        """The slots of the new ring, accepted by the learner; and of each what a Ready brings along: nothing, where the
+        learner reads the ring, else the slot itself, in pieces."""
         job, digest = self.job, spec.digest
-        ring = Ring.create(spec.nbytes, n_slots, run_id=job.run_id, incarnation=job.incarnation, digest=digest)
+        ids = {"run_id": job.run_id, "incarnation": job.incarnation, "digest": digest}
+        ring = Ring.create(spec.nbytes, n_slots, **ids, shared=job.shm)
         self._opened.callback(ring.close)
-        at = ring.address
+        at = ring.address if job.shm else MemoryAddress(pid=0, fd=-1, nbytes=0, boot_id="")
         self.link.send(
             m.Attach(
                 job.run_id,
@@ -188,10 +191,11 @@ class _Worker:
             )
         )
         answer = self._answer(m.Attached, START_TIMEOUT)
-        if answer is None:
+        if not isinstance(answer, m.Attached):
             raise LinkLost(f"no answer to Attach within {START_TIMEOUT:.0f} s")
         ring.memory.unlink()
-        return [Slot(spec, ring.slot(k)) for k in range(n_slots)]
+        pieces = [[] if answer.local else chunks(ring.slot(k).data) for k in range(n_slots)]
+        return [Slot(spec, ring.slot(k)) for k in range(n_slots)], pieces
 
     def _answer(self, kind: type[M], timeout: float) -> M | m.Reject | None:
         """What the learner says to Hello or Attach; a Reject that is worth trying again comes back, another raises."""
@@ -234,7 +238,7 @@ class _Worker:
         elif isinstance(message, m.HelloAgain):
             raise LinkLost("the learner does not know this worker any more")
 
-    def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, *, debug: bool) -> None:
+    def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, payload: list[memoryview], *, debug: bool) -> None:
         self.page.enter(Phase.COLLECT)
         if debug:
             slot.poison()
@@ -259,7 +263,8 @@ class _Worker:
                 wait=self._waited,
                 total=times.total,
                 n_env_steps=times.n_env_steps,
-            )
+            ),
+            *payload,
         )
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -116,8 +116,7 @@ REJECT_CODES = (
     "name_taken",  # a host of that name, or a worker of that index, is alive
     "unknown_host",  # a worker whose host has not been welcomed (yet)
     "spec",  # fragments unlike those of the run; the text says in which fields
-    "ring",  # a ring that is there but is not what its Attach says
-    "remote_unsupported",  # the learner cannot open the ring
+    "ring",  # another number or size of slots than the run's
     "full",  # no room for another host or worker
     "draining",  # the run is about to end
     "redirect",  # go to `url`
@@ -219,7 +218,8 @@ class Reject(Message):
 
 @dataclass(frozen=True, slots=True)
 class Attach(Message):
-    """Worker → learner: my fragments look like this, and my ring is here. `spec` is `FragmentSpec.to_plain()`."""
+    """Worker → learner: my fragments look like this, and my ring is here; `nbytes` 0: nobody can open it. `spec` is
+    `FragmentSpec.to_plain()`."""
 
     TAG: ClassVar[int] = 5
     LIMIT: ClassVar[int] = LARGE_HEADER

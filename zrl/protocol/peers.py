@@ -115,6 +115,7 @@ class Worker:
     state: State = State.NEW
     disagree: tuple[int, ...] = ()  # its counts and ours, when they last differed
     disagree_since: float = 0.0
+    slack: float = 0.0  # seconds that they may differ longer than others'
     beat: m.ChildBeat | None = None
     moved: float = 0.0
 
@@ -297,7 +298,7 @@ class Peers:
                 worker.disagree = ()
             elif counts != worker.disagree:  # messages are on their way
                 worker.disagree, worker.disagree_since = counts, now
-            elif now - worker.disagree_since >= self._silence[host.local]:
+            elif now - worker.disagree_since >= self._silence[host.local] + worker.slack:
                 commands += self.revoke(worker.incarnation, "desync")
         return commands
 
@@ -313,11 +314,13 @@ class Peers:
 
     # What the collator says.
 
-    def accepted(self, incarnation: bytes, *, local: bool) -> list[Command]:
-        """The ring of this worker's Attach is fine; it may be granted slots where it is ATTACHED now."""
+    def accepted(self, incarnation: bytes, *, local: bool, slack: float = 0.0) -> list[Command]:
+        """The ring of this worker's Attach is fine; it may be granted slots where it is ATTACHED now. `slack`: seconds
+        that its fragments may be on their way, and its counts differ from ours."""
         worker = self.workers.get(incarnation)
         if worker is None or not self._step(worker, Event.ACCEPT):
             return []
+        worker.slack = slack
         return [Send(worker.peer, m.Attached(self.run_id, incarnation, local))]
 
     def refused(self, incarnation: bytes, code: str, text: str) -> list[Command]:
