@@ -118,7 +118,7 @@ def test_top_without_a_terminal(url: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def runs() -> set[str]:
-        """Runs that it has shown. Of each there may be several lines, and more of learners that seem gone for a while."""
+        """Runs that it has shown, in one or more lines each; others are of learners that seem gone for a while."""
         return {text.split()[3] for text in log.read_text().splitlines() if text.startswith("CartPole-v1 a2c run ")}
 
     with log.open("wb") as out:

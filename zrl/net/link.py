@@ -56,18 +56,17 @@ class Link:
             poller.register(self._dealer, events)
             poller.register(self._broken.socket, zmq.POLLIN)
 
-    def send(self, message: Message, *payload: memoryview) -> None:
-        """Send one message; the first one waits for the connection. A payload is not copied: it may be written again
-        when the other side has said that it has it.
+    def send(self, message: Message, *payload: memoryview | zmq.Frame) -> None:
+        """Send one message; the first one waits for the connection.
 
         Raises:
             LinkLost: there is no connection.
             ProtocolError: a field is not what the protocol says.
         """
-        frames: tuple[bytes | memoryview, ...] = (encode(message), *payload)
+        frames: tuple[bytes | memoryview | zmq.Frame, ...] = (encode(message), *payload)
         deadline = time.monotonic() + self._timeout
         poller = self._for_sending
-        while not send(self._dealer, *frames, copy=not payload):
+        while not send(self._dealer, *frames):
             left = deadline - time.monotonic()
             if self._broken.seen():
                 raise LinkLost(self._why(f"no connection to {self._url}"))

@@ -42,6 +42,7 @@ CUT_SECONDS = 1.5  # of handshakes that are cut without a word, after which that
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
+Frames = list[zmq.Frame]
 
 
 def make_context() -> Context:
@@ -261,11 +262,10 @@ def waiting(socket: Socket) -> bool:
     return bool(events & zmq.POLLIN)
 
 
-def send(socket: Socket, *frames: bytes | memoryview, copy: bool = True) -> bool:
-    """Send one message without waiting; False where there is nobody to send it to. Without `copy` large frames are read
-    whenever libzmq comes to it."""
+def send(socket: Socket, *frames: bytes | memoryview | zmq.Frame) -> bool:
+    """Send one message without waiting; False where there is nobody to send it to. What is no `zmq.Frame` is copied."""
     try:
-        socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
+        socket.send_multipart(frames, zmq.NOBLOCK)
     except zmq.ZMQError as error:
         if error.errno in (errno.EAGAIN, errno.EHOSTUNREACH):
             return False
@@ -276,6 +276,15 @@ def send(socket: Socket, *frames: bytes | memoryview, copy: bool = True) -> bool
 def chunks(payload: memoryview, size: int = MAX_FRAME) -> list[memoryview]:
     """A payload (bytes) as frames of at most `size` bytes."""
     return [payload[at : at + size] for at in range(0, len(payload), size)]
+
+
+def lasting_frames(payload: memoryview) -> Frames:
+    """The frames of a payload (bytes) that is sent again and again with other contents, and never copied: what is in
+    the memory counts when libzmq comes to it. It must not be written before the other side has said that it has it.
+
+    Made once, for each frame that is made costs a message to the thread in which pyzmq forgets it.
+    """
+    return [zmq.Frame(chunk, copy=False, track=False) for chunk in chunks(payload)]
 
 
 class Refusal(enum.Enum):

@@ -81,7 +81,9 @@ def document(stats: Mapping[str, Any], learner: Learner, **more: Any) -> dict[st
     rest = {name: x for name, x in stats.items() if name != "lag"}
     note = {} if learner.training is None else {"training": learner.training}
     found: dict[str, Any] = plain(
-        {**rest, "lags": stats.get("lag", {}), "zrl": VERSION, "ending": False, **more, **note}, "status", depth=MOST_DEPTH + 2
+        {**rest, "lags": stats.get("lag", {}), "zrl": VERSION, "ending": False, **more, **note},
+        "status",
+        depth=MOST_DEPTH + 2,
     )
     return found
 

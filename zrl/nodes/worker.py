@@ -44,7 +44,7 @@ from zrl.data.weights import WeightsPacker
 from zrl.errors import EnvError, ProcessError
 from zrl.net.keys import host_keys_at
 from zrl.net.link import Link, LinkLost
-from zrl.net.sockets import chunks
+from zrl.net.sockets import Frames, lasting_frames
 from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase
 from zrl.nodes.pipe import CONNECTION_ENDED
@@ -167,7 +167,7 @@ class _Worker:
                 delay = min(2 * delay, 5.0)
         raise LinkLost(f"no Welcome within {START_TIMEOUT:.0f} s")
 
-    def _attach(self, spec: FragmentSpec, n_slots: int) -> tuple[list[Slot], list[list[memoryview]]]:
+    def _attach(self, spec: FragmentSpec, n_slots: int) -> tuple[list[Slot], list[Frames]]:
         """The slots of the new ring, accepted by the learner; and of each what a Ready brings along: nothing, where the
         learner reads the ring, else the slot itself, in pieces."""
         job, digest = self.job, spec.digest
@@ -194,7 +194,7 @@ class _Worker:
         if not isinstance(answer, m.Attached):
             raise LinkLost(f"no answer to Attach within {START_TIMEOUT:.0f} s")
         ring.memory.unlink()
-        pieces = [[] if answer.local else chunks(ring.slot(k).data) for k in range(n_slots)]
+        pieces = [[] if answer.local else lasting_frames(ring.slot(k).data) for k in range(n_slots)]
         return [Slot(spec, ring.slot(k)) for k in range(n_slots)], pieces
 
     def _answer(self, kind: type[M], timeout: float) -> M | m.Reject | None:
@@ -238,7 +238,7 @@ class _Worker:
         elif isinstance(message, m.HelloAgain):
             raise LinkLost("the learner does not know this worker any more")
 
-    def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, payload: list[memoryview], *, debug: bool) -> None:
+    def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, payload: Frames, *, debug: bool) -> None:
         self.page.enter(Phase.COLLECT)
         if debug:
             slot.poison()
