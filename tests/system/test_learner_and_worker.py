@@ -2,160 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from zrl.net.keys import authorize, new_pair
+from tests.system.programs import (
+    DEADLINE,
+    ZRL,
+    Programs,
+    address,
+    children_of,
+    folder,
+    free_port,
+    keys_in,
+    programs,
+    until,
+)
 
-DEADLINE = 40.0  # seconds for anything at all
-ZRL = [sys.executable, "-m", "zrl"]
-
-ACTORS = """
-from zrl.zoo import MLPActor
-
-
-def narrow(observation_space, action_space):
-    return MLPActor(observation_space, action_space, hidden=(8,))
-
-
-def broken(observation_space, action_space):
-    import os
-
-    if "ZRL_TEST_LEARNER" not in os.environ:
-        raise RuntimeError("not on this machine")
-    return narrow(observation_space, action_space)
-
-
-def another(observation_space, action_space):
-    import os
-
-    width = 8 if "ZRL_TEST_LEARNER" in os.environ else 9
-    return MLPActor(observation_space, action_space, hidden=(width,))
-"""
-
-
-class Program:
-    """A running command and what it prints."""
-
-    def __init__(self, words: list[str], folder: Path, log: Path, **environment: str) -> None:
-        self.log = log
-        path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*ZRL, *words],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": path, **environment},
-            )
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def wait(self) -> int:
-        try:
-            return self.process.wait(DEADLINE)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running: {self.text}") from None
-
-    def wait_for(self, text: str, times: int = 1) -> None:
-        until(
-            lambda: self.text.count(text) >= times or self.process.poll() is not None,
-            lambda: f"no {text!r} in: {self.text}",
-        )
-        assert self.text.count(text) >= times, self.text
-
-    def children(self) -> set[int]:
-        """Its descendants."""
-        found, level = set[int](), [self.process.pid]
-        while level:
-            level = [pid for parent in level for pid in children_of(parent)]
-            found.update(level)
-        return found
-
-
-def children_of(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def until(done: Callable[[], bool], what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not done():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tmp_path.chmod(0o700)
-    (tmp_path / "my_actors.py").write_text(ACTORS)
-    return tmp_path
-
-
-class Programs:
-    """Starts programs in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.started: list[Program] = []
-
-    def _start(self, words: list[str], **environment: str) -> Program:
-        program = Program(words, self.folder, self.folder / f"{words[0]}-{len(self.started)}.log", **environment)
-        self.started.append(program)
-        return program
-
-    def learner(self, url: str, *words: str) -> Program:
-        small = ["--algo", "a2c", "--steps", "1k", "--n-steps", "8", "--envs", "4", "--seed", "1"]
-        rest = ["--eval-episodes", "0", "--runs", str(self.folder / "runs")]
-        return self._start(["learner", "CartPole-v1", "--bind", url, *small, *rest, *words], ZRL_TEST_LEARNER="1")
-
-    def worker(self, url: str, *words: str) -> Program:
-        return self._start(["worker", "--connect", url, "--count", "2", *words])
-
-
-@pytest.fixture
-def programs(folder: Path) -> Iterator[Programs]:
-    before = set(run_folders())  # of a test that was cut off: not ours to wait for
-    programs = Programs(folder)
-    yield programs
-    for program in programs.started:
-        with contextlib.suppress(ProcessLookupError):
-            program.process.kill()
-        program.process.wait()
-    until(lambda: before.issuperset(run_folders()), lambda: f"zygotes that may still import leave: {run_folders()}")
-
-
-def run_folders() -> list[Path]:
-    """Those that are there; a zygote whose host was killed removes its own as soon as it has imported everything."""
-    return [path for path in Path(tempfile.gettempdir()).glob("zrl-*") if not path.name.startswith("zrl-logs-")]
-
-
-def free_port() -> int:
-    """A port that is free together with the next one."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                two.bind(("127.0.0.1", port + 1))
-                return port
-
-
-def address(kind: str, folder: Path) -> str:
-    return f"ipc://{folder}/l.sock" if kind == "ipc" else f"tcp://127.0.0.1:{free_port()}"
+__all__ = ["folder", "programs"]  # fixtures
 
 
 @pytest.mark.parametrize("kind", ["ipc", "tcp"])
@@ -313,13 +180,6 @@ def test_wrong_words(folder: Path, words: list[str], code: int, text: str) -> No
     done = subprocess.run([*ZRL, *words], cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     assert text in done.stderr
-
-
-def keys_in(folder: Path) -> None:
-    """A learner's keys in ``a``, and in ``b`` those of a host that it knows."""
-    server = new_pair(folder / "a", "server")
-    authorize(folder / "a", "one", new_pair(folder / "b", "one"))
-    authorize(folder / "b", "server", server)
 
 
 def test_with_keys(programs: Programs) -> None:

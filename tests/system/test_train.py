@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.test_learner_and_worker import DEADLINE, ZRL, children_of
+from tests.system.programs import DEADLINE, ZRL, children_of
 
 CTRL_C = b"\x03"
 SMALL = ["--envs", "4", "--n-steps", "16", "--seed", "1", "--epochs", "1", "--eval-episodes", "0"]
