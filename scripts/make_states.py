@@ -33,6 +33,7 @@ Counted is what a transition adds to; `dropped` also under its reason. `zrl.prot
   │  └─────────────────────────────┘             │
   └──────────────────────────────────────────────┘
  LEAVE or LOSE, when the worker is gone: FREE, WORKER, READY ──► ENDED; HELD stays until FREE, then LEAVE ──► ENDED
+ RETIRE, when it said Bye: as LEAVE, but READY stays until HOLD or DROP
 ```
 
 """

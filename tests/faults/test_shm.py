@@ -22,7 +22,7 @@ assert size.f_blocks * size.f_frsize == 1 << 20, size
 ledger = Ledger()
 with multi.rollout(StampEnv, RandomActor(3), 2000, 2, 16, 4, 2) as it:  # fragments of more than 1 MB
     batch = ledger.check(next(it))
-    assert it._collator.spec.nbytes > 1 << 20
+    assert it._collator._rings.spec.nbytes > 1 << 20
     ledger.check(next(it))
 print("done", os.listdir("/dev/shm"))
 """

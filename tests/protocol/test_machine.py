@@ -68,6 +68,7 @@ class Pipeline(RuleBasedStateMachine):
             elif isinstance(command, Unmap):
                 assert command.incarnation not in self.live
                 assert not any(f.incarnation == command.incarnation for fs in self.held.values() for f in fs)
+                assert not any(incarnation == command.incarnation for incarnation, _ in self.ready)
                 self.mapped.remove(command.incarnation)
 
     def form(self, command: FormBatch) -> None:
@@ -127,8 +128,10 @@ class Pipeline(RuleBasedStateMachine):
         del self.live[incarnation]
         self.dead.append(incarnation)
         self.broken = True
+        ready = {place for place in self.ready if place[0] == incarnation}
         self.carry_out(self.scheduler.gone(incarnation, reason, clean=clean))
         assert self.table.counters["lost"] == lost + in_hand
+        assert not clean or ready <= self.ready | {(f.incarnation, f.slot) for fs in self.formed.values() for f in fs}
         assert self.scheduler.gone(incarnation, reason) == []
 
     @rule()

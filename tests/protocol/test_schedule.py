@@ -217,6 +217,32 @@ def test_a_dead_worker_keeps_its_ring_until_what_is_held_is_copied() -> None:
     assert (table.counters["consumed"], table.in_flight, dict(table.rings)) == (1, 0, {})
 
 
+def test_what_a_worker_delivered_before_its_bye_stays() -> None:
+    table = SlotTable()
+    s = scheduler(table, n_per_batch=2, max_lag=None, n_workers=1)
+    s.worker_attached(worker_id(0), 0, 3)
+    s.ready(worker_id(0), 1, 1, 1)
+    assert s.gone(worker_id(0), clean=True) == []
+    assert (table.counters["lost"], table.counters["withdrawn"], table.in_flight) == (0, 2, 1)
+    s.worker_attached(worker_id(1), 1, 1)
+    s.batch_requested()
+    (formed,) = [c for c in s.ready(worker_id(1), 0, 1, 1) if isinstance(c, FormBatch)]
+    assert [f.incarnation for f in formed.fragments] == [worker_id(0), worker_id(1)]
+    assert s.batch_copied(formed.batch_id) == [Unmap(worker_id(0)), Grant(worker_id(1), 0, 1)]
+
+
+def test_what_it_delivered_may_get_too_old() -> None:
+    table = SlotTable()
+    s = scheduler(table, n_per_batch=2, max_lag=1, n_workers=1)
+    s.worker_attached(worker_id(0), 0, 1)
+    s.ready(worker_id(0), 0, 1, 1)
+    assert s.gone(worker_id(0), clean=True) == []
+    table.newest = 3
+    dropped = Fragment(worker_id(0), 0, 0, 1, 1)
+    assert s.published(3) == [Drop(dropped, "stale"), Unmap(worker_id(0))]
+    assert (table.dropped["stale"], table.in_flight, dict(table.rings)) == (1, 0, {})
+
+
 def test_draining_grants_nothing_more_but_forms_batches() -> None:
     table = SlotTable()
     s = scheduler(table, n_per_batch=1, max_lag=None, n_workers=1)

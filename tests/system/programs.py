@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,6 +163,24 @@ def free_port() -> int:
 
 def address(kind: str, folder: Path) -> str:
     return f"ipc://{folder}/l.sock" if kind == "ipc" else f"tcp://127.0.0.1:{free_port()}"
+
+
+def status_of(url: str, folder: Path, *words: str, on: Machine | None = None) -> dict[str, Any]:
+    """What ``zrl status`` says; empty where it hears nothing."""
+    command = [*(on.prefix if on else []), *ZRL, "status", url, "--json", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+    return found
+
+
+def trained(folder: Path) -> int:
+    """Updates that learners in this folder have made."""
+    return sum(len(file.read_text().splitlines()) for file in folder.glob("runs/*/metrics.jsonl"))
+
+
+def goes_on(programs: Programs, learner: Program, updates: int = 20) -> None:
+    before = trained(programs.folder)
+    until(lambda: trained(programs.folder) > before + updates, lambda: learner.text)
 
 
 def keys_in(folder: Path, *more: str) -> None:

@@ -17,8 +17,10 @@ from tests.system.programs import (
     children_of,
     folder,
     free_port,
+    goes_on,
     keys_in,
     programs,
+    status_of,
     until,
 )
 
@@ -125,6 +127,51 @@ def test_a_worker_stops_on_a_signal_and_another_takes_over(programs: Programs, s
     learner.process.send_signal(signal.SIGINT)
     assert learner.wait() == 130, learner.text
     assert second.wait() == 0, second.text
+
+
+@pytest.mark.parametrize("how", [(), ("--no-shm",)])
+def test_a_worker_that_is_told_to_leave_delivers_what_it_has(programs: Programs, how: tuple[str, ...]) -> None:
+    """In mid-fragment and in mid-batch: the learner counts no loss, and has all that was delivered."""
+    url = address("ipc", programs.folder)
+    learner = programs.learner(url, "--steps", "100M", "--max-lag", "-1")
+    first = programs.worker(url, *how)
+    goes_on(programs, learner)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 143, first.text
+    assert "the workers finish what they have in hand" in first.text
+    second = programs.worker(url)
+    goes_on(programs, learner)
+    status = status_of(url, programs.folder)
+    assert (status["losses"], status["dropped"], status["fragments"]["lost"]) == ({}, {}, 0)
+    assert not first.children()
+    learner.process.send_signal(signal.SIGINT)
+    assert learner.wait() == 130, learner.text
+    assert second.wait() == 0, second.text
+
+
+def test_the_second_signal_does_not_wait(programs: Programs) -> None:
+    url = address("ipc", programs.folder)
+    learner = programs.learner(url, "--steps", "100M")
+    worker = programs.worker(url, "--drain-timeout", "1000")
+    goes_on(programs, learner)
+    for pid in sorted(worker.children())[1:]:  # the workers
+        os.kill(pid, signal.SIGSTOP)
+    worker.process.send_signal(signal.SIGTERM)
+    worker.wait_for("for 1000 s at most")
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 143, worker.text
+
+
+def test_who_does_not_finish_in_time_is_killed(programs: Programs) -> None:
+    url = address("ipc", programs.folder)
+    learner = programs.learner(url, "--steps", "100M")
+    worker = programs.worker(url, "--drain-timeout", "0.5")
+    goes_on(programs, learner)
+    for pid in sorted(worker.children())[1:]:
+        os.kill(pid, signal.SIGSTOP)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.wait() == 143, worker.text
+    assert "not all workers have finished within 0.5 s, and are killed" in worker.text
 
 
 def test_a_name_belongs_to_one_host(programs: Programs) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.system.namespaces import Machine, machines, needs_machines
-from tests.system.programs import ZRL, Program, Programs, folder, keys_in, programs, until
+from tests.system.programs import ZRL, Program, Programs, folder, goes_on, keys_in, programs, status_of, until
 
 pytestmark = needs_machines
 __all__ = ["folder", "programs"]  # fixtures
@@ -25,25 +24,8 @@ def url_of(machine: Machine) -> str:
     return f"tcp://{machine.address}:{PORT}"
 
 
-def status_of(url: str, on: Machine, folder: Path) -> dict[str, Any]:
-    """What ``zrl status`` says there; empty where it hears nothing."""
-    words = [*on.prefix, *ZRL, "status", url, "--json", "--keys", "a-look"]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
-    return json.loads(done.stdout) if done.returncode == 0 else {}
-
-
 def keys_of(folder: Path) -> None:
     keys_in(folder, "c", "a-look")
-
-
-def trained(folder: Path) -> int:
-    """Updates that the learner has made."""
-    return sum(len(file.read_text().splitlines()) for file in folder.glob("runs/*/metrics.jsonl"))
-
-
-def goes_on(programs: Programs, learner: Program, updates: int = 20) -> None:
-    before = trained(programs.folder)
-    until(lambda: trained(programs.folder) > before + updates, lambda: learner.text)
 
 
 @pytest.mark.timeout(240)
@@ -78,7 +60,10 @@ def cut_off(programs: Programs, seconds: float) -> tuple[Program, Program, dict[
         there.mend()
         goes_on(programs, learner)
         status: dict[str, Any] = {}
-        until(lambda: bool(status.update(status_of(url, here, programs.folder)) or status), lambda: learner.text)
+        until(
+            lambda: bool(status.update(status_of(url, programs.folder, "--keys", "a-look", on=here)) or status),
+            lambda: learner.text,
+        )
         learner.process.send_signal(2)
         assert learner.wait() == 130, learner.text
         assert worker.wait() == 0, worker.text

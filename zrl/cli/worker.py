@@ -39,6 +39,10 @@ EXIT_USAGE = 2
     "--give-up-after", type=click.FloatRange(0, min_open=True), default=None, metavar="S",
     help="exit with 3 after so many seconds without a learner  [default: never]",
 )  # fmt: skip
+@click.option(
+    "--drain-timeout", type=click.FloatRange(0), default=20.0, show_default=True, metavar="S",
+    help="seconds after SIGTERM in which workers may finish the fragments that they have in hand",
+)  # fmt: skip
 @click.option("--logs", type=click.Path(path_type=Path), default=None, help="folder of the workers' output")
 @keys_option("folder with this host's keys, for a learner that has some")
 @click.option(
@@ -55,6 +59,7 @@ def worker_command(
     modules: tuple[str, ...],
     env_kwargs: str | None,
     give_up_after: float | None,
+    drain_timeout: float,
     logs: Path | None,
     keys: Path | None,
     no_shm: bool,
@@ -88,6 +93,7 @@ def worker_command(
         give_up_after=give_up_after,
         keys=pair,
         shm=not no_shm,
+        drain_timeout=drain_timeout,
     )
     try:
         code = supervise(options, click.echo)

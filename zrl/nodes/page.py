@@ -9,7 +9,8 @@
      80  sent         u64       sequence number of the last Ready sent     │ loaded by the host
      88  releases     u64       Releases received                          │
      96  blame        u64       1 + column of the environment that raised  ┘
-    104  (unused up to 4096)
+    104  leave        u64       1: the child is to finish what it has in hand, and leave; stored by the host
+    112  (unused up to 4096)
 
 Words are native and aligned, each stored and loaded whole: a reader sees an old value or a new one, never half of each.
 Words are not consistent with one another, and nobody needs them to be: the host looks for words that stand still.
@@ -29,10 +30,10 @@ from zrl.data.memory import Memory, MemoryAddress, check_header, check_id
 from zrl.errors import SharedMemoryError
 
 MAGIC = b"zrl.page"
-LAYOUT = 1
+LAYOUT = 2
 NBYTES = 4096
 _HEADER = struct.Struct("=8sQ16s")
-_CALLS, _PHASE, _SENT, _RELEASES, _BLAME = range(8, 13)  # words of 8 bytes
+_CALLS, _PHASE, _SENT, _RELEASES, _BLAME, _LEAVE = range(8, 14)  # words of 8 bytes
 
 
 class Phase(enum.IntEnum):
@@ -120,6 +121,11 @@ class Page:
         """The environment of this column raised; -1: the one that was probed, or the factory itself."""
         self._words[_BLAME] = column + 1
 
+    @property
+    def leave(self) -> bool:
+        """Whether the host wants the child to leave."""
+        return bool(self._words[_LEAVE])
+
     # ── the host ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self) -> Progress:
@@ -133,6 +139,10 @@ class Page:
             return Progress(calls, Phase(phase), sent, releases, blame - 1)
         except ValueError:
             raise SharedMemoryError(f"page: phase: expected 0 to {max(Phase)}, found {phase}") from None
+
+    def ask_to_leave(self) -> None:
+        """The child is to finish its fragment, and leave; it looks a few times a second."""
+        self._words[_LEAVE] = 1
 
     def close(self) -> None:
         """Let go of the mapping; idempotent. Nothing else may be called afterwards."""

@@ -8,6 +8,8 @@ Its life is a sequence of runs. Of each:
           weights, the newest of them, onto the board                       SUB
           the learner's heartbeat                                           SUB
 
+SIGTERM: the workers finish what they have in hand, and leave, then this process does. SIGINT: at once.
+
 What ends a run: Drain (then this process ends too), a broken connection, HelloAgain, or a learner that has been silent
 for too long. Then all workers are killed, for their slots are no longer anybody's, and everything begins anew with a
 Hello: the same learner after a cut, or another one at the same address.
@@ -68,6 +70,7 @@ class SupervisorOptions:
         log_dir: of the workers; a temporary one that goes at the end, if None.
         give_up_after: seconds without a learner after which to end; None: never.
         silence: seconds without the learner's heartbeat after which it is lost; None: 5 on this machine, else 15.
+        drain_timeout: seconds after SIGTERM in which the workers may finish their fragments.
         shm: whether a learner on this machine may read the workers' memory; without, all is as if it were on another.
         keys: of this host; its workers read them from the same files.
     """
@@ -85,6 +88,7 @@ class SupervisorOptions:
     silence: float | None = None
     keys: HostKeys | None = None
     shm: bool = True
+    drain_timeout: float = 20.0
 
 
 class _Over(Exception):
@@ -144,11 +148,13 @@ class _Supervisor:
         self._run: _Run | None = None
         self._last: _Over | None = None  # why the process is to end
         self._wake = asyncio.Event()
+        self._host: Host
+        self._leaving: asyncio.Future[None] | None = None
 
     async def live(self) -> int:
         """Run after run, until one says that it was the last."""
         loop = asyncio.get_running_loop()
-        host = Host(
+        host = self._host = Host(
             self._zygote,
             loop,
             name=self._o.name,
@@ -164,6 +170,8 @@ class _Supervisor:
         try:
             return await self._runs(host)
         finally:
+            if self._leaving is not None:
+                self._leaving.cancel()
             host.close()
 
     async def _runs(self, host: Host) -> int:
@@ -204,7 +212,19 @@ class _Supervisor:
         self._over(_Over(str(error), code))
 
     def _stop(self, signum: int) -> None:
-        self._over(_Over(f"stopped by {signal.Signals(signum).name}", 128 + signum))
+        over = _Over(f"stopped by {signal.Signals(signum).name}", 128 + signum)
+        if signum != signal.SIGTERM or self._last is not None or self._run is None or not self._host.kids:
+            self._over(over)
+            return
+        self._say(f"SIGTERM: the workers finish what they have in hand, for {self._o.drain_timeout:g} s at most")
+        self._last = over
+        self._host.drain()
+        self._leaving = asyncio.ensure_future(self._leave(over))
+
+    async def _leave(self, over: _Over) -> None:
+        if not await self._host.ended(self._o.drain_timeout):
+            logger.warning("not all workers have finished within %g s, and are killed", self._o.drain_timeout)
+        self._over(over)
 
     def _over(self, over: _Over) -> None:
         """The process is to end: at once, or as soon as what it is doing is over."""

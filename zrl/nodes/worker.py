@@ -7,7 +7,7 @@
 Its incarnation lasts as long as its connection. What ends it, and how its host hears of that:
 
 ===============================  ======================================================
-Drain                            status 0, after the fragment in hand, Bye and ByeAck
+Drain, its host that leaves      status 0, after the fragment in hand, Bye and ByeAck
 connection lost, HelloAgain      status `CONNECTION_ENDED`: its host starts another
 an exception                     status 1, the traceback through the zygote's pipe; the
                                  column of the environment to blame on the page
@@ -53,6 +53,7 @@ from zrl.protocol import messages as m
 HELLO_AGAIN = 1.0  # seconds without an answer after which Hello is sent again
 START_TIMEOUT = 60.0  # seconds for an answer of any kind; the host's own limit on the start is the other bound
 BYE_TIMEOUT = 2.0  # seconds for the ByeAck
+LOOK = 0.25  # seconds between two looks at the page, while there is nothing to do
 ADOPT_POLL = 0.005  # seconds between two looks at the board, while the weights that a grant calls for are on their way
 M = TypeVar("M", bound=m.Message)
 
@@ -219,10 +220,19 @@ class _Worker:
         started = time.perf_counter()
         if not self._grants:
             self.page.enter(Phase.WAIT)
-        while (message := self.link.receive(None if not (self._grants or self._draining) else 0.0)) is not None:
-            self._take(message)
+        while not self._leaving:
+            message = self.link.receive(0.0 if self._grants else LOOK)
+            if message is not None:
+                self._take(message)
+            elif self._grants:
+                break
         self._waited = time.perf_counter() - started
-        return None if self._draining else self._grants.popleft()
+        return None if self._leaving else self._grants.popleft()
+
+    @property
+    def _leaving(self) -> bool:
+        """Whether the learner or the host has no use for another fragment."""
+        return self._draining or self.page.leave
 
     def _take(self, message: m.Message) -> None:
         """A message that nobody waits for in particular; of another incarnation, it is ignored."""
@@ -290,7 +300,7 @@ class _Worker:
             if version is not None and version > self._version:
                 self._packer.unpack(self._flat)
                 self._version = version
-            if self._version >= least or self._draining:
+            if self._version >= least or self._leaving:
                 return self._version >= least
             self.page.enter(Phase.ADOPT)
             message = self.link.receive(ADOPT_POLL)

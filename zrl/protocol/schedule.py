@@ -122,9 +122,13 @@ class Scheduler:
 
     def gone(self, incarnation: bytes, reason: str = "gone", *, clean: bool = False) -> list[Command]:
         """This worker is gone, its slots with it; see `SlotTable.gone`."""
-        commands: list[Command] = [Drop(f, reason) for f in self._queue if f.incarnation == incarnation]
-        self._queue = deque(f for f in self._queue if f.incarnation != incarnation)
-        self._left(incarnation)
+        if self.slots.books(incarnation) is None:  # it never attached, or went before
+            return []
+        commands: list[Command] = []
+        if not clean:
+            commands += [Drop(f, reason) for f in self._queue if f.incarnation == incarnation]
+            self._queue = deque(f for f in self._queue if f.incarnation != incarnation)
+        self._left(incarnation, clean)
         unmap = self.slots.gone(incarnation, reason, clean=clean)
         return [*commands, *([unmap] if unmap else []), *self._go_on()]
 
@@ -211,8 +215,8 @@ class Scheduler:
     def _arrived(self, fragment: Fragment) -> None:
         self._queue.append(fragment)
 
-    def _left(self, incarnation: bytes) -> None:
-        """An incarnation is gone; the books still have it as it was."""
+    def _left(self, incarnation: bytes, clean: bool) -> None:
+        """An incarnation is gone; the books still have it as it was. `clean`: what it delivered stays."""
 
     def _purge(self) -> list[Command]:
         """Drop what is too old for any batch to come."""
@@ -259,9 +263,8 @@ class Bounded(Scheduler):
             return []
         old = [f for f in self._queue if f.version < oldest]
         self._queue = deque(f for f in self._queue if f.version >= oldest)
-        for f in old:
-            self.slots.drop(f, "stale")
-        return [Drop(f, "stale") for f in old]
+        unmaps = [self.slots.drop(f, "stale") for f in old]
+        return [*(Drop(f, "stale") for f in old), *filter(None, unmaps)]
 
     def _grants(self) -> Iterable[tuple[bytes, int, int]]:
         out = self.out  # grants made here are the only change on the way
@@ -310,9 +313,9 @@ class Synchronous(Scheduler):
         super()._arrived(fragment)
         self._done[self._places.pop((fragment.incarnation, fragment.slot))] = fragment
 
-    def _left(self, incarnation: bytes) -> None:
+    def _left(self, incarnation: bytes, clean: bool) -> None:
         lost = {place: key for key, place in self._places.items() if key[0] == incarnation}
-        dropped = {place: f for place, f in self._done.items() if f.incarnation == incarnation}
+        dropped = {place: f for place, f in self._done.items() if f.incarnation == incarnation and not clean}
         worker = self.slots.rings[incarnation].worker if lost or dropped else -1
         for place, key in lost.items():
             del self._places[key]

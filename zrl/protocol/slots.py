@@ -37,6 +37,7 @@ class Event(IntEnum):
     DROP = 4  # its fragment is not wanted: too old
     LOSE = 5  # its worker died with the fragment in hand
     LEAVE = 6  # its worker is gone
+    RETIRE = 7  # its worker said Bye: what it delivered stays
 
 
 #: (state, event) -> (next state, what is counted). All that is not here is refused.
@@ -52,6 +53,10 @@ TRANSITIONS: Mapping[tuple[Slot, Event], tuple[Slot, str]] = MappingProxyType(
         (Slot.WORKER, Event.LEAVE): (Slot.ENDED, "withdrawn"),
         (Slot.READY, Event.LEAVE): (Slot.ENDED, "dropped"),
         (Slot.HELD, Event.LEAVE): (Slot.HELD, ""),  # finished by its holder, then ended
+        (Slot.FREE, Event.RETIRE): (Slot.ENDED, ""),
+        (Slot.WORKER, Event.RETIRE): (Slot.ENDED, "withdrawn"),
+        (Slot.READY, Event.RETIRE): (Slot.READY, ""),  # waits for its batch, then ended
+        (Slot.HELD, Event.RETIRE): (Slot.HELD, ""),
     }
 )
 
@@ -113,7 +118,7 @@ class SlotTable:
     Attributes:
         newest: newest version that a fragment can have been made with. The publisher sets it before the weights go on
             the board, from whichever thread: a fast worker's Ready may overtake the word that they are there.
-        rings: by incarnation: the live ones, and the gone ones of which slots are still held.
+        rings: by incarnation: the live ones, and the gone ones with fragments that are still to be copied.
         counters: what the transitions count, and ``consumed``.
         dropped: fragments committed and never yielded, by reason.
         refused: what peers said in vain, by reason.
@@ -177,17 +182,20 @@ class SlotTable:
 
     def free(self, fragment: Fragment) -> Unmap | None:
         """Its bytes have been copied. The slot is free, or ended where the worker is gone."""
+        return self._freed(fragment, Event.FREE)
+
+    def drop(self, fragment: Fragment, reason: str) -> Unmap | None:
+        """A READY fragment is not wanted: it is counted under `reason`, and its slot is free, or ended."""
+        self.dropped[reason] += 1
+        return self._freed(fragment, Event.DROP)
+
+    def _freed(self, fragment: Fragment, event: Event) -> Unmap | None:
         ring = self.rings[fragment.incarnation]
-        self._step(ring, fragment.slot, Event.FREE)
+        self._step(ring, fragment.slot, event)
         if ring.live:
             return None
         self._step(ring, fragment.slot, Event.LEAVE)
         return self._forget(ring)
-
-    def drop(self, fragment: Fragment, reason: str) -> None:
-        """A READY fragment is not wanted: its slot is free, it is counted under `reason`."""
-        self._step(self.rings[fragment.incarnation], fragment.slot, Event.DROP)
-        self.dropped[reason] += 1
 
     def consumed(self, fragment: Fragment) -> None:
         """Its batch was yielded."""
@@ -201,16 +209,17 @@ class SlotTable:
         self.dropped[reason] += 1
 
     def gone(self, incarnation: bytes, reason: str = "gone", *, clean: bool = False) -> Unmap | None:
-        """A worker is gone. What it was writing is lost (`clean`: it said Bye, and had nothing in hand), what is READY
-        is dropped, what is HELD is finished by its holder. Repeated or unknown: nothing."""
+        """A worker is gone. What it was writing is lost, what is READY is dropped, what is HELD is finished by its
+        holder. `clean`: it said Bye, and had nothing in hand; what is READY is as good as ever. Repeated or unknown:
+        nothing."""
         ring = self.rings.get(incarnation)
         if ring is None or not ring.live:
             return None
         ring.live = False
         in_hand = -1 if clean else next(iter(ring.least), -1)  # it takes its grants in their order
         for slot, state in enumerate(ring.states):
-            self._step(ring, slot, Event.LOSE if slot == in_hand else Event.LEAVE)
-            if state is Slot.READY:
+            self._step(ring, slot, Event.RETIRE if clean else Event.LOSE if slot == in_hand else Event.LEAVE)
+            if state is Slot.READY and not clean:
                 self.dropped[reason] += 1
         ring.least.clear()
         return self._forget(ring)
@@ -236,8 +245,8 @@ class SlotTable:
                 assert ring.counts[Slot.ENDED] == 0, "a live incarnation with an ended slot"
                 assert set(ring.least) == {k for k, s in enumerate(ring.states) if s is Slot.WORKER}, "grants"
             else:
-                assert ring.counts[Slot.HELD] > 0, "a gone incarnation that is not forgotten"
-                assert sum(ring.counts[:3]) == 0, "a gone incarnation with slots in use"
+                assert ring.counts[Slot.READY] + ring.counts[Slot.HELD], "a gone incarnation that is not forgotten"
+                assert not ring.counts[Slot.FREE] + ring.counts[Slot.WORKER], "a gone incarnation with slots in use"
         for state in (Slot.FREE, Slot.WORKER, Slot.READY, Slot.HELD):
             assert self.totals[state] == sum(r.counts[state] for r in self.rings.values()), "totals by state"
         counted = self.counters["consumed"] + sum(self.dropped.values()) + self.in_flight
