@@ -12,7 +12,7 @@ import zmq
 
 from zrl.errors import ConfigError, ProtocolError
 from zrl.net import sockets as z
-from zrl.net.addresses import MAX_SOCKET_PATH, pub_url, run_directory
+from zrl.net.addresses import MAX_SOCKET_PATH, pub_url, reachable, run_directory
 from zrl.net.link import Link
 from zrl.net.observer import Observer
 
@@ -262,3 +262,16 @@ def test_options() -> None:
     assert (router.get(zmq.LINGER), dealer.get(zmq.LINGER)) == (0, 0)
     assert router.get(zmq.MAXMSGSIZE) == z.MAX_FRAME
     context.destroy()
+
+
+@pytest.mark.parametrize("url", ["ipc:///run/l", "tcp://127.0.0.1:5", "tcp://[::1]:5", "tcp://10.0.0.7:5"])
+def test_what_was_bound_to_one_address_is_reached_there(url: str) -> None:
+    assert reachable(url) == url
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_the_wildcard_is_announced_as_an_address_or_a_name(host: str) -> None:
+    url = reachable(f"tcp://{host}:5555")
+    assert url.startswith("tcp://")
+    assert url.endswith(":5555")
+    assert host not in url

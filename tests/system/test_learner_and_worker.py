@@ -21,6 +21,7 @@ from tests.system.programs import (
     keys_in,
     programs,
     status_of,
+    trained,
     until,
 )
 
@@ -58,6 +59,27 @@ def test_a_worker_that_is_slow_to_finish_ends_with_its_run(programs: Programs, w
     assert learner.wait() == 130, learner.text
     os.kill(stopped, signal.SIGCONT)
     assert worker.wait() == 0, worker.text
+
+
+def test_a_learner_waits_for_those_that_it_expects(programs: Programs) -> None:
+    url = address("tcp", programs.folder)
+    learner = programs.learner(url, "--expect-workers", "4")
+    learner.wait_for("0 of 4 workers are there")
+    programs.worker(url, "--id", "one")
+    learner.wait_for("2 of 4 workers are there")
+    assert trained(programs.folder) == 0
+    programs.worker(url, "--id", "two")
+    assert learner.wait() == 0, learner.text
+    assert "4 of 4 workers are there: training begins" in learner.text
+    assert trained(programs.folder) > 0
+    assert [worker.wait() for worker in programs.started[1:]] == [0, 0]
+
+
+def test_a_learner_that_waits_can_be_stopped(programs: Programs) -> None:
+    learner = programs.learner(address("ipc", programs.folder), "--expect-workers", "1")
+    learner.wait_for("0 of 1 workers are there")
+    learner.process.send_signal(signal.SIGINT)
+    assert learner.wait() == 130, learner.text
 
 
 def test_a_restarted_learner_gets_its_workers_back(programs: Programs) -> None:

@@ -31,6 +31,7 @@ class Reporter(Protocol):
     ) -> None: ...
     def start(self, start: Start) -> None: ...
     def update(self, status: Status) -> None: ...
+    def worker(self, there: int, expected: int) -> None: ...
 
 
 def reporter() -> Reporter:
@@ -53,6 +54,10 @@ def _heading(start: Start) -> str:
     return "\n".join(lines)
 
 
+def _workers(there: int, expected: int) -> str:
+    return f"{there} of {expected} workers are there" + ("" if there < expected else ": training begins")
+
+
 class _Lines:
     """Plain lines, one every few seconds."""
 
@@ -69,6 +74,9 @@ class _Lines:
         click.echo(_heading(start))
         self._rollout = start.rollout
         self._next = time.monotonic() + SECONDS_BETWEEN_LINES
+
+    def worker(self, there: int, expected: int) -> None:
+        click.echo(_workers(there, expected))
 
     def update(self, status: Status) -> None:
         if time.monotonic() < self._next:
@@ -105,6 +113,9 @@ class _View:
         self._console.print(_heading(start), highlight=False, soft_wrap=True)
         self._start = start
         self._live.start()
+
+    def worker(self, there: int, expected: int) -> None:
+        self._console.print(_workers(there, expected), highlight=False)
 
     def update(self, status: Status) -> None:
         pass  # the next look sees it

@@ -18,6 +18,7 @@ from zrl.cli.progress import reporter
 from zrl.config import TrainConfig
 from zrl.errors import ConfigError
 from zrl.train.allowed import foreign_modules
+from zrl.train.listen import Listen
 from zrl.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -62,44 +63,44 @@ def train_command(**words: Any) -> None:
     help="where workers connect to: tcp://127.0.0.1:PORT (and the next port), or ipc:///path/to.sock",
 )
 @keys_option("folder with the learner's keys and with those of who may connect; tcp is encrypted then")
+@click.option("--expect-workers", type=click.IntRange(0), default=0, metavar="N", help="begin when N workers are there")
 @click.option("--insecure", is_flag=True, help="--bind without keys where other machines can connect")
-def learner_command(bind: str, keys: Path | None, insecure: bool, **words: Any) -> None:
+def learner_command(bind: str, keys: Path | None, expect_workers: int, insecure: bool, **words: Any) -> None:
     """Train an actor in ENV with the workers that `zrl worker` processes bring; prints how to start them.
 
     --workers says how many are expected. Settings come from where those of `zrl train` do.
     """
-    _train(words, bind, keys, insecure)
+    _train(words, Listen(bind, keys, insecure, expect_workers))
 
 
-def _train(words: dict[str, Any], bind: str = "", keys: Path | None = None, insecure: bool = False) -> None:
+def _train(words: dict[str, Any], listen: Listen | None = None) -> None:
     resume, require_goal = words.pop("resume"), words.pop("require_goal")
     with usage():
         resumed = None if resume is None else RunFolder.open(resume)
         config = settings_of(words, words.pop("sets"), words.pop("file"), resumed)
-        if bind and not config.workers:
+        if listen is not None and not config.workers:
             raise ConfigError("--workers: expected how many workers make a batch, at least 1, not 0")
     if require_goal and config.stop_at_return is None:
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
     with failures() as signals:
         from zrl.train.loop import train
-        from zrl.train.rollouts import Listen
 
         with reporter() as report:
 
             def on_start(start: Start) -> None:
                 report.start(start)
-                if bind:
-                    _print_how_to_connect(start, keys)
+                if listen is not None:
+                    _print_how_to_connect(start, listen.keys)
 
-            listen = Listen(bind, keys, insecure) if bind else None
-            result = train(config, on_start, report.update, signals, listen, resumed)
+            result = train(config, on_start, report.update, signals, listen, resumed, report.worker)
         _print_result(result)
         if config.eval_episodes and not result.outcome.startswith("SIG"):
             with signals.interruptible():
                 _print_evaluation(result.run, config)
     if result.outcome.startswith("SIG"):
         if result.checkpoint is not None:
-            click.echo(f"go on with: zrl {'learner' if bind else 'train'} --resume {shlex.quote(str(result.run.path))}")
+            verb = "train" if listen is None else "learner"
+            click.echo(f"go on with: zrl {verb} --resume {shlex.quote(str(result.run.path))}")
         raise SystemExit(128 + signal.Signals[result.outcome])
     if require_goal and result.outcome != "goal":
         raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)

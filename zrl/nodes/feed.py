@@ -145,6 +145,12 @@ class Feed:
             self._error = self._error or error
             self._tell()
 
+    @property
+    def error(self) -> BaseException | None:
+        """What `take` would raise."""
+        with self._changed:
+            return self._error
+
     def register(self, memory: Array) -> bool:
         """Page-lock a ring's mapping (uint8), so that copies to the device need no staging by the driver.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from zrl.rollout.interrupts import Uninterrupted
 
 CLOSE_TIMEOUT = 5.0  # seconds
 FIRST_COMPLAINT, NEXT_COMPLAINTS = 5.0, 30.0  # seconds without a batch before we say why
+LOOK = 0.1  # seconds between two looks at how many workers there are
 
 logger = logging.getLogger("zrl")
 
@@ -133,6 +135,38 @@ class PipelineRollout:
             batch = filled.batch(version)
             self._learner.lags.update(batch.lag)
             return batch
+
+    def wait_for_workers(
+        self, n: int, timeout: float | None = None, told: Callable[[int], None] = lambda there: None
+    ) -> int:
+        """Wait until `n` workers have their environments ready; how many there are then.
+
+        Not needed before `next`, which waits for a batch from whoever is there.
+
+        Args:
+            n: how many.
+            timeout: seconds; None: as long as it takes.
+            told: gets the number at once, and whenever it has changed.
+
+        Raises:
+            TimeoutError: there are fewer after `timeout` seconds; says how many.
+            WorkerError, StarvationError, ClosedError: as by ``next()``.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        before = None
+        while True:
+            self._check_open()
+            if (error := self._collator.feed.error) is not None:
+                raise error
+            there = int(self._collator.stats().get("workers", 0))
+            if there != before:
+                told(there)
+            if there >= n:
+                return there
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{there} of {n} workers are there after {timeout:g} s")
+            before = there
+            time.sleep(LOOK)
 
     def _request(self) -> None:
         self._requested = True

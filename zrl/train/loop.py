@@ -20,14 +20,16 @@ from zrl.config import TrainConfig
 from zrl.data.batch import Batch
 from zrl.errors import CheckpointError, ConfigError, PreflightError, WorkerError, ZrlError
 from zrl.rollout.evaluator import Evaluator
+from zrl.rollout.pipeline import PipelineRollout
 from zrl.rollout.same import usable_device
 from zrl.train import checkpoint
 from zrl.train.evaluation import LONGEST_EPISODE
 from zrl.train.events import Events
+from zrl.train.listen import Listen
 from zrl.train.named import EnvFactory
 from zrl.train.plot import plot_return
 from zrl.train.rng import random_states, set_random_states
-from zrl.train.rollouts import Listen, Rollout, make_rollout
+from zrl.train.rollouts import Rollout, make_rollout
 from zrl.train.run_folder import RunFolder
 from zrl.train.setup import make_actor, make_optimizer, make_update
 from zrl.train.status import Progress, Status
@@ -79,6 +81,7 @@ def train(
     signals: StopSignals | None = None,
     listen: Listen | None = None,
     resume: RunFolder | None = None,
+    on_worker: Callable[[int, int], None] = lambda there, expected: None,
 ) -> Result:
     """Train until the goal, the last step, or SIGINT or SIGTERM.
 
@@ -91,6 +94,7 @@ def train(
         on_update: called after every update.
         signals: entered already; if None, signals are handled here, while this runs.
         listen: where workers of other hosts connect to; None: workers of our own.
+        on_worker: called while `listen` expects workers, with how many are there and how many are expected.
         resume: the run to go on with, from its newest checkpoint that can be read; None: a new one.
 
     Raises:
@@ -109,6 +113,8 @@ def train(
             raise PreflightError(str(e)) from e
         on_start(start.told)
         try:
+            if listen is not None and listen.expect:
+                start.wait_for_workers(listen.expect, on_worker)
             return start.train(on_update)
         except WorkerError as e:
             if e.at_start:
@@ -231,6 +237,11 @@ class _Run:
             self._events = opened.enter_context(Events(folder.tensorboard, after=step))
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def wait_for_workers(self, expected: int, on_worker: Callable[[int, int], None]) -> None:
+        assert isinstance(self.rollout, PipelineRollout)
+        with self.signals.interruptible():
+            self.rollout.wait_for_workers(expected, told=lambda there: on_worker(there, expected))
 
     def train(self, on_update: Callable[[Status], None]) -> Result:
         self.progress.begin(time.monotonic())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -15,6 +13,7 @@ from zrl.config import TrainConfig
 from zrl.data.batch import Batch
 from zrl.rollout import cluster, multi, same
 from zrl.train.allowed import env_text
+from zrl.train.listen import Listen
 from zrl.train.named import EnvFactory
 from zrl.train.run_folder import RunFolder
 
@@ -35,15 +34,6 @@ class Rollout(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None: ...
-
-
-@dataclass(frozen=True)
-class Listen:
-    """Where workers of other hosts connect to, with which keys; see `zrl.rollout.cluster.rollout`."""
-
-    url: str
-    keys: Path | None = None
-    insecure: bool = False
 
 
 def make_rollout(
