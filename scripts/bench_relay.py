@@ -3,9 +3,9 @@
     python scripts/bench_relay.py [--hosts 1 8 32] [--times 30] [--interval 1.0] [--paces 0.5 0.25 …] [--mb 6.4]
 
 The learner is a real one (`zrl.rollout.cluster`) on tcp over loopback, with 6.4 MB of weights. Each host is a process
-that does what `zrl worker` does but for its workers, with the same code: Hello, Welcome, Fetch, Weights, its board, then
-every version that is published onto that board, with a look at the checksum, and a Beat a second. It has one worker,
-which stays on its way for ever. The hosts are forks of one process without torch.
+that does what `zrl worker` does but for its workers, with the same code: Hello, Welcome, Fetch, Weights, its board,
+then every version that is published onto that board, with a look at the checksum, and a Beat a second. It has one
+worker, which stays on its way for ever. The hosts are forks of one process without torch.
 
 Every host writes down when it has a version, on the clock that all processes share, into memory that they share. All
 hosts run on the cores of this machine, and so does what would be the network: the figures are bounds from above of
@@ -34,6 +34,7 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import select
@@ -59,6 +60,7 @@ from zrl.nodes import supervisor
 from zrl.nodes.children import Child, Event, Zygote
 from zrl.nodes.host import Host
 from zrl.nodes.pipe import Ended
+from zrl.protocol import messages as m
 
 MOST_VERSIONS = 4096
 PID, FD, HAVE = 0, 1, 2  # columns of a host's row: its process, its board, then when it had each version, in ns
@@ -118,13 +120,17 @@ async def relay(name: str, url: str, row: Rows) -> int:
     context = make_context()
     zygote = cast(Zygote, Nobody())
     runs: list[Relay] = []
+
+    def tell(message: m.Message) -> None:
+        runs[0].send(message)
+
     host = Host(
         zygote,
         loop,
         name=name,
         count=1,
         patience=options.patience,
-        tell=lambda message: runs[0].send(message),
+        tell=tell,
         failed=lambda error: runs[0].over(supervisor._Over(str(error), supervisor.EXIT_FAILED)),
     )
     run = Relay(options, host, context, silence=15.0, say=lambda text: None)
@@ -151,7 +157,7 @@ def fleet(n_hosts: int, url: str, address: MemoryAddress) -> int:
     they should."""
     with Memory.attach(address, max_nbytes=address.nbytes) as memory:
         rows = rows_in(memory, n_hosts)
-        pids = [fork(lambda k=k: uvloop.run(relay(f"host-{k}", url, rows[k]))) for k in range(n_hosts)]  # type: ignore[misc]
+        pids = [fork(functools.partial(one_host, f"host-{k}", url, rows[k])) for k in range(n_hosts)]
         left, failed = set(pids), 0
         try:
             while left and not select.select([sys.stdin], [], [], 0.05)[0]:
@@ -165,8 +171,11 @@ def fleet(n_hosts: int, url: str, address: MemoryAddress) -> int:
                 os.kill(pid, signal.SIGKILL)
             for pid in left:
                 os.waitpid(pid, 0)
-        del rows
         return failed + len(left)
+
+
+def one_host(name: str, url: str, row: Rows) -> int:
+    return uvloop.run(relay(name, url, row))
 
 
 def fork(work: Callable[[], int]) -> int:
@@ -297,7 +306,6 @@ def measure(n_hosts: int, nbytes: int, times: int, interval: float, paces: Seque
             figures["host_rss_mb"] = statistics.mean(in_mb(pid, "status", "VmRSS") for pid in pids)
             figures["host_pss_mb"] = statistics.mean(in_mb(pid, "smaps_rollup", "Pss") for pid in pids)
         figures[f"wrong_{n_hosts}_hosts"] = wrong(it._publisher, rows)
-        del rows
     return figures
 
 
@@ -347,8 +355,10 @@ def main() -> None:
         paces = args.paces if n == max(args.hosts) else ()
         figures |= measure(n, int(args.mb * 1e6), args.times, args.interval, paces)
         print(
-            f"{n:3} hosts: publish {figures[f'publish_ms_{n}_hosts']:.2f} ms, collator "
-            f"{figures[f'collator_ms_{n}_hosts']:.1f} ms, all have it after {figures[f'all_have_it_ms_{n}_hosts']:.1f} ms"
+            f"{n:3} hosts: publish {figures[f'publish_ms_{n}_hosts']:.2f} ms, "
+            f"collator {figures[f'collator_ms_{n}_hosts']:.1f} ms, "
+            f"all have it after {figures[f'all_have_it_ms_{n}_hosts']:.1f} ms",
+            flush=True,
         )
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 

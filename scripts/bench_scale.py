@@ -20,7 +20,7 @@ refused, nothing lost. The last line is one flat JSON object, medians of the rou
   is they that are measured (its two threads can have 2).
 - ``attach_s_…``: until all workers are attached, from the start of their process; ``close_s_…``: `close()`.
 
-For the largest number of workers also, paced:
+For the largest number of workers also, paced, unless there is a ``--max-lag``, which would hold most of them up:
 
 - ``paced_fragments_per_s``, and ``paced_wanted_per_s``; ``paced_core_share``: of one core, the collator's thread;
   ``paced_learner_core_share``, ``paced_client_core_share``: the whole processes.
@@ -46,7 +46,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import zmq
@@ -167,14 +167,13 @@ class SimWorker(Peer):
             raise RuntimeError(f"to a worker: {message}")
 
     def attach(self, n_slots: int) -> None:
-        ids = {"run_id": self.run_id, "incarnation": self.incarnation, "digest": SPEC.digest}
         self.sent = [0.0] * n_slots
-        self.ring = Ring.create(SPEC.nbytes, n_slots, **ids)
+        self.ring = Ring.create(
+            SPEC.nbytes, n_slots, run_id=self.run_id, incarnation=self.incarnation, digest=SPEC.digest
+        )
         at = self.ring.address
         where = (at.pid, at.fd, at.nbytes, at.boot_id, at.path)
-        self.send(
-            m.Attach(self.run_id, self.incarnation, SPEC.to_plain(), SPEC.digest, n_slots, SPEC.nbytes, *where)
-        )
+        self.send(m.Attach(self.run_id, self.incarnation, SPEC.to_plain(), SPEC.digest, n_slots, SPEC.nbytes, *where))
 
     def deliver(self) -> None:
         """Make the fragment of the oldest grant."""
@@ -214,7 +213,7 @@ class Fleet:
         self._hosts = [SimHost(self, k, count) for k, count in enumerate(counts)]
 
     def watch(self, peer: Peer) -> None:
-        fd = int(peer.socket.get(zmq.FD))  # type: ignore[call-overload]
+        fd = int(peer.socket.get(zmq.FD))
         self._peers[fd] = peer
         self._poll.register(fd, select.EPOLLIN)
 
@@ -313,17 +312,16 @@ def simulate(url: str, n_workers: int) -> None:
 class Client:
     """The process of the workers."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+    def __init__(self, stdin: IO[str], stdout: IO[str]) -> None:
+        self._stdin, self._stdout = stdin, stdout
 
     def ask(self, rate: float | None = None) -> dict[str, Any]:
         """Change the pace, if it is not None; what was done since the last time."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write("\n" if rate is None else f"{rate}\n")
-        self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+        self._stdin.write("\n" if rate is None else f"{rate}\n")
+        self._stdin.flush()
+        if not select.select([self._stdout], [], [], PATIENCE)[0]:
             raise TimeoutError("the workers do not answer")
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if not line:
             raise RuntimeError("the workers have ended")
         found: dict[str, Any] = json.loads(line)
@@ -335,10 +333,11 @@ def client(url: str, n_workers: int) -> Iterator[Client]:
     words = [sys.executable, __file__, "--fleet", url, str(n_workers)]
     # a group of its own: Ctrl-C is for this process alone, which ends it
     process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
+    assert process.stdin
+    assert process.stdout
     try:
-        yield Client(process)
+        yield Client(process.stdin, process.stdout)
     finally:
-        assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         try:
@@ -474,7 +473,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each mode in each round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-lag", type=int, default=None)
+    parser.add_argument("--max-lag", type=int, default=None, help="with 0 a batch has a fragment of each worker")
     parser.add_argument("--tcp", action="store_true", help="over tcp on loopback instead of ipc")
     args = parser.parse_args()
     import torch
@@ -486,15 +485,14 @@ def main() -> None:
     for _ in range(args.rounds):
         figures: dict[str, float] = {}
         for n in args.workers:
-            figures |= measure(n, args, paced=n == most)
+            figures |= measure(n, args, paced=n == most and args.max_lag is None)
             print(
                 f"{n:5} workers: {figures[f'us_per_fragment_{n}']:6.1f} µs of the collator for a fragment, "
                 f"{figures[f'fragments_per_s_{n}']:,.0f} a second",
                 flush=True,
             )
-        figures[f"us_per_fragment_{most}_over_{few}"] = (
-            figures[f"us_per_fragment_{most}"] / figures[f"us_per_fragment_{few}"]
-        )
+        ratio = figures[f"us_per_fragment_{most}"] / figures[f"us_per_fragment_{few}"]
+        figures[f"us_per_fragment_{most}_over_{few}"] = ratio
         rounds.append(figures)
     print(json.dumps({name: round(statistics.median(r[name] for r in rounds), 4) for name in rounds[0]}))
 

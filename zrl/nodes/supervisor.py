@@ -397,8 +397,8 @@ class _Run:
         self._loop.call_later(SETTLE, self._on_broken)
 
     def _on_broken(self) -> None:
-        """The learner is gone. It does not wait for ever for those who are asked to finish: a Drain that was not read in
-        time went with the connection, but the last status is still there."""
+        """The learner is gone. It does not wait for ever for those who are asked to finish: a Drain that was not read
+        in time went with the connection, but the last status is still there."""
         if self._status is not None:
             self._status.read()
         if self._draining:
