@@ -14,8 +14,8 @@ so (`CONFLATE`); a host has a version when it has that one or a newer one. The l
 each number of hosts:
 
 - ``publish_ms_…_hosts``, ``publish_p99_ms_…_hosts``: `publish()` in the user's thread, median and 99th percentile.
-- ``collator_ms_…_hosts``: CPU time of the collator's thread for a publish, median; ``learner_cpu_ms_…_hosts``: that of
-  the whole process, libzmq's thread that feeds the connections included.
+- ``collator_ms_…_hosts``: CPU time of the collator's thread for a publish, without what it takes when nothing is
+  published; ``learner_cpu_ms_…_hosts``: that of the whole process, libzmq's thread that feeds the connections included.
 - ``all_have_it_ms_…_hosts``, ``all_have_it_max_ms_…_hosts``: from the start of `publish()` until the last host has it,
   median and maximum; ``half_have_it_ms_…_hosts``: until half of the hosts have it, median.
 - ``wrong_…_hosts``: hosts that did not end with the learner's weights, byte by byte.
@@ -231,31 +231,35 @@ def wait_for(what: str, done: Callable[[], bool], process: subprocess.Popen[byte
 # ── the learner ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class Cpu:
+    """CPU time so far, in ms: of the collator's thread, and of the process."""
+
+    def __init__(self, it: Any) -> None:
+        clock = time.pthread_getcpuclockid(it._collator._thread.ident)
+        self.ms = np.array([time.clock_gettime(clock), time.process_time()]) * 1e3
+
+    def __sub__(self, other: Cpu) -> npt.NDArray[np.float64]:
+        return self.ms - other.ms
+
+
 class Published:
     """What became of some versions, published one after the other."""
 
     def __init__(self, it: Any, rows: Rows, process: subprocess.Popen[bytes], times: int, interval: float) -> None:
-        clock = time.pthread_getcpuclockid(it._collator._thread.ident)
         first = it.version + 1
         if first + times >= MOST_VERSIONS:
             raise ValueError(f"more than {MOST_VERSIONS} versions")
         self.publish_ms: list[float] = []
         started: list[int] = []
-        collator, learner = [], []
-        begin = time.monotonic()
+        begin, before = time.monotonic(), Cpu(it)
         for k in range(times):
             time.sleep(max(0.0, begin + k * interval - time.monotonic()))
-            collator.append(time.clock_gettime(clock))
-            learner.append(time.process_time())
             started.append(time.monotonic_ns())
             it.publish()
             self.publish_ms.append((time.monotonic_ns() - started[-1]) / 1e6)
         last = HAVE + it.version
         wait_for(f"version {it.version} at every host", lambda: bool(rows[:, last].all()), process)
-        collator.append(time.clock_gettime(clock))
-        learner.append(time.process_time())
-        self.collator_ms = np.diff(collator) * 1e3
-        self.learner_ms = np.diff(learner) * 1e3
+        self.cpu, self.seconds = Cpu(it) - before, time.monotonic() - begin
         when = rows[:, HAVE + first : last + 1].copy()  # [hosts, versions]
         self.got_share = float((when > 0).mean())
         when[when == 0] = np.iinfo(np.int64).max
@@ -274,9 +278,8 @@ def measure(n_hosts: int, nbytes: int, times: int, interval: float, paces: Seque
     figures: dict[str, float] = {}
     it = cluster.rollout("none", actor, 1, 1, 1, 1, bind="tcp://127.0.0.1:*", auto_publish=False)
     with contextlib.ExitStack() as opened:
-        opened.callback(it.close)  # before the hosts are killed: they end by themselves
+        opened.callback(it.close)
         rows, process = opened.enter_context(hosts(n_hosts, it.urls[0]))
-        opened.callback(lambda: end(it, process))
         wait_for("hosts", lambda: bool(rows[:, PID].all()), process)
 
         def reached() -> bool:
@@ -285,12 +288,16 @@ def measure(n_hosts: int, nbytes: int, times: int, interval: float, paces: Seque
             return bool(rows[:, HAVE + it.version].all())
 
         wait_for("subscriptions", reached, process)
+        idle, begin = Cpu(it), time.monotonic()
+        time.sleep(2 * interval)
+        idle_ms = (Cpu(it) - idle) / (time.monotonic() - begin)  # in a second
         at_rest = Published(it, rows, process, times, interval)
+        collator_ms, learner_ms = ((at_rest.cpu - idle_ms * at_rest.seconds) / times).tolist()
         figures = {
             f"publish_ms_{n_hosts}_hosts": statistics.median(at_rest.publish_ms),
             f"publish_p99_ms_{n_hosts}_hosts": float(np.quantile(at_rest.publish_ms, 0.99)),
-            f"collator_ms_{n_hosts}_hosts": float(np.median(at_rest.collator_ms)),
-            f"learner_cpu_ms_{n_hosts}_hosts": float(np.median(at_rest.learner_ms)),
+            f"collator_ms_{n_hosts}_hosts": collator_ms,
+            f"learner_cpu_ms_{n_hosts}_hosts": learner_ms,
             f"half_have_it_ms_{n_hosts}_hosts": float(np.median(at_rest.half_ms)),
             f"all_have_it_ms_{n_hosts}_hosts": float(np.median(at_rest.all_ms)),
             f"all_have_it_max_ms_{n_hosts}_hosts": float(at_rest.all_ms.max()),
@@ -306,6 +313,7 @@ def measure(n_hosts: int, nbytes: int, times: int, interval: float, paces: Seque
             figures["host_rss_mb"] = statistics.mean(in_mb(pid, "status", "VmRSS") for pid in pids)
             figures["host_pss_mb"] = statistics.mean(in_mb(pid, "smaps_rollup", "Pss") for pid in pids)
         figures[f"wrong_{n_hosts}_hosts"] = wrong(it._publisher, rows)
+        end(it, process)
     return figures
 
 
@@ -349,6 +357,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: nothing is left behind
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
     for n in args.hosts:

@@ -15,7 +15,7 @@ refused, nothing lost. The last line is one flat JSON object, medians of the rou
 
 - ``us_per_fragment_…``: CPU time of the collator's thread for one fragment, replies included, saturated, in µs;
   ``learner_us_per_fragment_…``: that of the whole process, libzmq's thread included.
-- ``us_per_fragment_…_over_…``: the largest number of workers against the one that is nearest to 10.
+- ``us_per_fragment_…_over_…``: the largest number of workers against that of the others which is nearest to 10.
 - ``fragments_per_s_…``: saturated; ``client_core_share_…``: how busy the workers' process was, in cores: above 1 it
   is they that are measured (its two threads can have 2).
 - ``attach_s_…``: until all workers are attached, from the start of their process; ``close_s_…``: `close()`.
@@ -38,6 +38,7 @@ import math
 import os
 import select
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -478,9 +479,10 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: nothing is left behind
     torch.set_num_threads(1)
     most = max(args.workers)
-    few = min(args.workers, key=lambda n: abs(math.log(n / 10)))
+    few = min([n for n in args.workers if n != most] or [most], key=lambda n: abs(math.log(n / 10)))
     rounds: list[dict[str, float]] = []
     for _ in range(args.rounds):
         figures: dict[str, float] = {}
