@@ -117,6 +117,7 @@ class SimHost(Peer):
         super().__init__(fleet)
         self.count = count
         self.workers: list[SimWorker] = []
+        self.over = False
         self.hello("host", f"host-{k}", m.NO_ID, 0, count)
 
     def take(self, message: m.Message) -> None:
@@ -127,12 +128,15 @@ class SimHost(Peer):
             self.workers = [SimWorker(self, self.base + k) for k in range(self.count)]
         elif isinstance(message, m.ByeAck):
             self.fleet.n_left -= 1
-        elif not isinstance(message, m.Drain):  # its workers' part
+        elif isinstance(message, m.Drain):
+            self.over = True  # when its workers have left
+        elif not self.over:
             raise RuntimeError(f"to a host: {message}")
 
     def beat(self) -> None:
-        self.send(m.Beat(self.run_id, self.incarnation, tuple(w.row() for w in self.workers)))
-        self.read()
+        if self.workers and not self.over:
+            self.send(m.Beat(self.run_id, self.incarnation, tuple(w.row() for w in self.workers)))
+            self.read()
 
     def left(self) -> None:
         """Another worker has left."""
@@ -239,8 +243,7 @@ class Fleet:
             if now >= beat_at:
                 beat_at = max(beat_at + BEAT, now)
                 for host in self._hosts:
-                    if len(host.workers):
-                        host.beat()
+                    host.beat()
 
     def _said(self, peer: Peer, hello: bytes) -> bool:
         said = send(peer.socket, hello)
