@@ -15,7 +15,8 @@ each number of hosts:
 
 - ``publish_ms_…_hosts``, ``publish_p99_ms_…_hosts``: `publish()` in the user's thread, median and 99th percentile.
 - ``collator_ms_…_hosts``: CPU time of the collator's thread for a publish, without what it takes when nothing is
-  published; ``learner_cpu_ms_…_hosts``: that of the whole process, libzmq's thread that feeds the connections included.
+  published; ``learner_cpu_ms_…_hosts``: that of the whole process, libzmq's thread that feeds the connections included;
+  ``host_cpu_ms_…_hosts``: that of one host.
 - ``all_have_it_ms_…_hosts``, ``all_have_it_max_ms_…_hosts``: from the start of `publish()` until the last host has it,
   median and maximum; ``half_have_it_ms_…_hosts``: until half of the hosts have it, median.
 - ``wrong_…_hosts``: hosts that did not end with the learner's weights, byte by byte.
@@ -232,11 +233,12 @@ def wait_for(what: str, done: Callable[[], bool], process: subprocess.Popen[byte
 
 
 class Cpu:
-    """CPU time so far, in ms: of the collator's thread, and of the process."""
+    """CPU time so far, in ms: of the collator's thread, of the process, and of a host, on average."""
 
-    def __init__(self, it: Any) -> None:
+    def __init__(self, it: Any, rows: Rows) -> None:
         clock = time.pthread_getcpuclockid(it._collator._thread.ident)
-        self.ms = np.array([time.clock_gettime(clock), time.process_time()]) * 1e3
+        hosts = statistics.mean(cpu_seconds(pid) for pid in rows[:, PID].tolist())
+        self.ms = np.array([time.clock_gettime(clock), time.process_time(), hosts]) * 1e3
 
     def __sub__(self, other: Cpu) -> npt.NDArray[np.float64]:
         return self.ms - other.ms
@@ -251,7 +253,7 @@ class Published:
             raise ValueError(f"more than {MOST_VERSIONS} versions")
         self.publish_ms: list[float] = []
         started: list[int] = []
-        begin, before = time.monotonic(), Cpu(it)
+        begin, before = time.monotonic(), Cpu(it, rows)
         for k in range(times):
             time.sleep(max(0.0, begin + k * interval - time.monotonic()))
             started.append(time.monotonic_ns())
@@ -259,7 +261,7 @@ class Published:
             self.publish_ms.append((time.monotonic_ns() - started[-1]) / 1e6)
         last = HAVE + it.version
         wait_for(f"version {it.version} at every host", lambda: bool(rows[:, last].all()), process)
-        self.cpu, self.seconds = Cpu(it) - before, time.monotonic() - begin
+        self.cpu, self.seconds = Cpu(it, rows) - before, time.monotonic() - begin
         when = rows[:, HAVE + first : last + 1].copy()  # [hosts, versions]
         self.got_share = float((when > 0).mean())
         when[when == 0] = np.iinfo(np.int64).max
@@ -288,16 +290,17 @@ def measure(n_hosts: int, nbytes: int, times: int, interval: float, paces: Seque
             return bool(rows[:, HAVE + it.version].all())
 
         wait_for("subscriptions", reached, process)
-        idle, begin = Cpu(it), time.monotonic()
-        time.sleep(2 * interval)
-        idle_ms = (Cpu(it) - idle) / (time.monotonic() - begin)  # in a second
+        idle, begin = Cpu(it, rows), time.monotonic()
+        time.sleep(4 * interval)
+        idle_ms = (Cpu(it, rows) - idle) / (time.monotonic() - begin)  # in a second
         at_rest = Published(it, rows, process, times, interval)
-        collator_ms, learner_ms = ((at_rest.cpu - idle_ms * at_rest.seconds) / times).tolist()
+        collator_ms, learner_ms, host_ms = ((at_rest.cpu - idle_ms * at_rest.seconds) / times).tolist()
         figures = {
             f"publish_ms_{n_hosts}_hosts": statistics.median(at_rest.publish_ms),
             f"publish_p99_ms_{n_hosts}_hosts": float(np.quantile(at_rest.publish_ms, 0.99)),
             f"collator_ms_{n_hosts}_hosts": collator_ms,
             f"learner_cpu_ms_{n_hosts}_hosts": learner_ms,
+            f"host_cpu_ms_{n_hosts}_hosts": host_ms,
             f"half_have_it_ms_{n_hosts}_hosts": float(np.median(at_rest.half_ms)),
             f"all_have_it_ms_{n_hosts}_hosts": float(np.median(at_rest.all_ms)),
             f"all_have_it_max_ms_{n_hosts}_hosts": float(at_rest.all_ms.max()),
@@ -337,6 +340,11 @@ def end(it: Any, process: subprocess.Popen[bytes]) -> None:
     code = process.wait(10.0)
     if code:
         raise RuntimeError(f"{code} hosts did not end as they should")
+
+
+def cpu_seconds(pid: int) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def in_mb(pid: int, file: str, key: str) -> float:

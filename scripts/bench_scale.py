@@ -350,6 +350,8 @@ def client(url: str, n_workers: int) -> Iterator[Client]:
             process.kill()
             process.wait()
         process.stdout.close()
+    if process.returncode:
+        raise RuntimeError(f"the workers' process ended with status {process.returncode}")
 
 
 class Learner:

@@ -45,8 +45,8 @@ KEYS = {
                 f"{what}_{n}_hosts"
                 for n in (1, 3)
                 for what in (
-                    *("publish_ms", "publish_p99_ms", "collator_ms", "learner_cpu_ms", "half_have_it_ms"),
-                    *("all_have_it_ms", "all_have_it_max_ms", "wrong"),
+                    *("publish_ms", "publish_p99_ms", "collator_ms", "learner_cpu_ms", "host_cpu_ms"),
+                    *("half_have_it_ms", "all_have_it_ms", "all_have_it_max_ms", "wrong"),
                 )
             ),
             *("no_skips_ms", "skips_ms", "got_share_200ms", "got_share_100ms", "host_rss_mb", "host_pss_mb"),
