@@ -12,7 +12,7 @@ import torch
 
 from tests.protocol.test_peers import HOST, RUN, WORKER, make
 from zrl.errors import ConfigError
-from zrl.nodes.status import ROOM, Learner, document, frame, plain, rows_of
+from zrl.nodes.status import LEAST_ROW, ROOM, Learner, document, frame, has_room, plain, rows_of
 from zrl.protocol import messages as m
 from zrl.protocol.slots import SlotTable
 
@@ -84,6 +84,17 @@ def test_rows_of_workers_are_left_out_where_there_are_too_many(n: int) -> None:
     else:
         assert status == {"run_id": "ab", "version": 1, "verdict": "fine", "peers_omitted": n}
     assert len(data) <= ROOM < m.LARGE_HEADER
+
+
+def test_rows_that_would_be_left_out_are_not_made() -> None:
+    peers = make(attached=True)
+    (row,) = rows_of(peers, SlotTable(), 0.0)
+    shortest = {**row, "host": "", "phase": "wait", "age": 0.0}
+    assert len(json.dumps(shortest)) >= LEAST_ROW
+    assert [has_room(n) for n in (1, 250, 1000)] == [True, True, False]
+    left_out = {"run_id": "ab", "version": 1, "verdict": "fine", "peers_omitted": 1000}
+    assert strict(frame(left_out)) == left_out
+    assert strict(frame({**left_out, "stale": {str(worker): 1 for worker in range(1 << 16)}})) == left_out
 
 
 def test_a_sign_of_life_is_given_however_long_the_rest_is() -> None:

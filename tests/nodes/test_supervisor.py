@@ -15,6 +15,7 @@ from zrl.errors import ConfigError, ProcessError
 from zrl.net import sockets as z
 from zrl.net.addresses import MAX_SOCKET_PATH, run_directory
 from zrl.net.codec import decode, encode
+from zrl.nodes import supervisor
 from zrl.nodes.host import Host
 from zrl.nodes.supervisor import EXIT_DONE, EXIT_LEARNER_LOST, EXIT_REFUSED, SupervisorOptions, supervise
 from zrl.protocol import messages as m
@@ -53,6 +54,20 @@ def test_a_start_that_fails_names_the_reason_and_leaves_nothing(changes: dict[st
     with pytest.raises(ConfigError) as caught:
         supervise(dataclasses.replace(OPTIONS, **changes))
     assert text in str(caught.value)
+
+
+def test_the_connection_is_not_watched_any_more_when_nobody_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it breaks in between, now and then, where learner and host end together, and the host hangs."""
+    unheard: list[bool] = []
+
+    class Watched(z.Disconnections):
+        def stop(self) -> None:
+            unheard.append(self.socket.closed)
+            super().stop()
+
+    monkeypatch.setattr(supervisor, "Disconnections", Watched)
+    assert supervise(dataclasses.replace(OPTIONS, give_up_after=0.1)) == EXIT_LEARNER_LOST
+    assert unheard[0] is False
 
 
 class Learner(threading.Thread):

@@ -186,6 +186,12 @@ class Pipeline(RuleBasedStateMachine):
         assert len(self.table.formed) == self.p * len(self.formed)
 
     @invariant()
+    def what_may_be_granted_is_granted(self) -> None:
+        if self.max_lag != 0 and not self.drained and self.table.totals[Slot.FREE]:
+            assert self.max_lag is not None
+            assert self.scheduler.out >= (self.max_lag + 1) * self.p
+
+    @invariant()
     def no_more_are_out_than_may_be(self) -> None:
         if not hasattr(self, "table") or self.max_lag is None:
             return

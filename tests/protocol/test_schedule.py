@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
 from zrl.protocol.schedule import Command, Discard, Drop, FormBatch, Grant, Scheduler, Synchronous, scheduler
-from zrl.protocol.slots import Fragment, Refused, SlotTable, Unmap
+from zrl.protocol.slots import Fragment, Refused, Ring, Slot, SlotTable, Unmap
 
 
 def worker_id(index: int, generation: int = 0) -> bytes:
@@ -23,8 +24,17 @@ def published(s: Scheduler, version: int) -> list[Command]:
 class Run:
     """A learner that always has a batch prefetched, and workers that take as long as `rng` says."""
 
-    def __init__(self, max_lag: int | None, p: int, n_workers: int, k: int, seed: int = 0, auto_publish: bool = True):
-        self.table = SlotTable()
+    def __init__(
+        self,
+        max_lag: int | None,
+        p: int,
+        n_workers: int,
+        k: int,
+        seed: int = 0,
+        auto_publish: bool = True,
+        table: SlotTable | None = None,
+    ):
+        self.table = table or SlotTable()
         self.s = scheduler(self.table, n_per_batch=p, max_lag=max_lag, n_workers=n_workers)
         self.rng = random.Random(seed)
         self.auto_publish = auto_publish
@@ -340,3 +350,35 @@ def test_what_is_too_old_is_dropped_also_after_a_discard() -> None:
     (formed,) = [c for c in s.batch_requested() if isinstance(c, FormBatch)]
     assert formed.fragments[0].version == 4
     table.audit()
+
+
+class Watched(SlotTable):
+    """Counts the walks over all workers, and knows whose turn it is where the lag is bounded."""
+
+    walks = 0
+    in_turn = False
+
+    def live(self) -> Iterator[Ring]:
+        self.walks += 1
+        return super().live()
+
+    def grant(self, incarnation: bytes, slot: int, least_version: int) -> None:
+        able = [ring for ring in super().live() if ring.counts[Slot.FREE]]
+        burdens = {ring.incarnation: (ring.counts[Slot.WORKER], ring.granted, ring.worker) for ring in able}
+        assert not self.in_turn or burdens[incarnation] == min(burdens.values())
+        super().grant(incarnation, slot, least_version)
+
+
+@pytest.mark.parametrize("max_lag", [None, 0, 1, 3])
+def test_a_fragment_takes_no_look_at_all_workers(max_lag: int | None) -> None:
+    """With many of them, that would take most of the collator's time. Still the slot goes to whose turn it is."""
+    table = Watched()
+    table.in_turn = bool(max_lag)
+    n_workers, p = 40, 40 if max_lag == 0 else 4
+    run = Run(max_lag, p, n_workers, 2, table=table)
+    table.walks = 0
+    run.batches(100, requests_ahead=0 if max_lag == 0 else 1)
+    assert table.counters["consumed"] == 100 * p
+    assert table.walks <= 100 * p / 20
+    if max_lag is None:
+        assert table.totals[Slot.FREE] == 0

@@ -38,6 +38,35 @@ KEYS = {
         ["--repeats", "1"],
         [f"{what}_ms_{size}" for what in ("publish", "adopted") for size in ("0_1mb", "6_4mb", "64mb")],
     ),
+    "bench_relay.py": (
+        ["--hosts", "1", "3", "--times", "3", "--interval", "0.2", "--paces", "0.1"],
+        [
+            *(
+                f"{what}_{n}_hosts"
+                for n in (1, 3)
+                for what in (
+                    *("publish_ms", "publish_p99_ms", "collator_ms", "learner_cpu_ms", "host_cpu_ms"),
+                    *("half_have_it_ms", "all_have_it_ms", "all_have_it_max_ms", "wrong"),
+                )
+            ),
+            *("no_skips_ms", "skips_ms", "got_share_200ms", "got_share_100ms", "host_rss_mb", "host_pss_mb"),
+        ],
+    ),
+    "bench_scale.py": (
+        ["--workers", "1", "60", "--seconds", "0.3", "--rounds", "1"],
+        [
+            *(
+                f"{what}_{n}"
+                for n in (1, 60)
+                for what in (
+                    *("us_per_fragment", "learner_us_per_fragment", "fragments_per_s", "client_core_share"),
+                    *("attach_s", "close_s", "rss_mb"),
+                )
+            ),
+            *("us_per_fragment_60_over_1", "latency_p50_ms_60", "latency_p99_ms_60"),
+            *("paced_wanted_per_s", "paced_fragments_per_s", "paced_core_share", "paced_client_core_share"),
+        ],
+    ),
     "bench_startup.py": (["--workers", "2", "--repeats", "1"], ["first_batch_s", "first_batch_spawn_s", "close_s"]),
     "bench_vector.py": (
         ["--seconds", "0.02", "--rounds", "1"],

@@ -342,9 +342,14 @@ class Disconnections:
             return True
         return self.refusal is not None
 
+    def stop(self) -> None:
+        """No more events, so that `socket` may be closed. If that were closed before, and the connection broke in
+        between, libzmq's thread would wait for ever for somebody to take the event, and this call for that thread."""
+        self._watched.disable_monitor()
+
     def close(self) -> None:
         """To be called before the other is closed."""
-        self._watched.disable_monitor()
+        self.stop()
         self.socket.close()
 
 

@@ -43,7 +43,7 @@ from zrl.nodes.host import Host, Patience, RunInfo
 from zrl.nodes.limits import raise_descriptor_limit
 from zrl.nodes.publisher import Publisher
 from zrl.nodes.rings import Refusal, Rings
-from zrl.nodes.status import Learner, cores, document, frame, rows_of
+from zrl.nodes.status import Learner, cores, document, frame, has_room, rows_of
 from zrl.protocol import messages as m
 from zrl.protocol import peers as p
 from zrl.protocol import schedule as s
@@ -436,7 +436,7 @@ class Collator:
         self._publish_status()
 
     def _publish_status(self) -> None:
-        send(self._pub, TOPIC_STATUS + frame(self._status()))
+        send(self._pub, TOPIC_STATUS + frame(self._status(rows=has_room(len(self.peers.workers)))))
 
     def _check_starvation(self, now: float) -> None:
         """Too few slots for a batch, counting those of workers that are being built."""
@@ -617,7 +617,7 @@ class Collator:
         elif isinstance(message, m.Drain):
             host.drain()
 
-    def _stats(self) -> dict[str, Any]:
+    def _stats(self, *, rows: bool = True) -> dict[str, Any]:
         slots, times = self.slots, self.times.figures()
         feed = self.feed.stats
         counters = {name: slots.counters[name] for name in ("granted", "committed", "consumed", "dropped", "lost")}
@@ -636,7 +636,7 @@ class Collator:
             **times,
             "seconds": {**times["seconds"], "wait": self.waited, "copy": feed.copy_seconds},
             "waiting_for": self.scheduler.waiting_for(),
-            "peers": rows_of(self.peers, slots, time.monotonic()),
+            **self._rows(rows),
             **self._recent.as_dict(),
             "verdict": verdict(self._situation()),
         }
@@ -646,8 +646,14 @@ class Collator:
         counters = {"odd": self._odd, **({} if self._gate is None else self._gate.counters)}
         return {reason: n for reason, n in counters.items() if n}
 
-    def _status(self) -> dict[str, Any]:
-        stats = self._stats()
+    def _rows(self, rows: bool) -> dict[str, Any]:
+        """One a worker; or how many there would be."""
+        if rows:
+            return {"peers": rows_of(self.peers, self.slots, time.monotonic())}
+        return {"peers_omitted": len(self.peers.workers)}
+
+    def _status(self, *, rows: bool = True) -> dict[str, Any]:
+        stats = self._stats(rows=rows)
         seconds = {**stats["seconds"], **self.learner.seconds()}
         return document(
             {**stats, **self.learner.figures(), "seconds": seconds},

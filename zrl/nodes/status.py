@@ -23,6 +23,7 @@ from zrl.protocol.peers import Peers
 from zrl.protocol.slots import Slot, SlotTable
 
 ROOM = 48 << 10  # bytes of a document; beyond it rows of workers are left out. A larger frame cuts connections
+LEAST_ROW = 160  # bytes of a worker's row, at least
 MOST_NOTE = 16 << 10  # bytes of what the training loop may add
 MOST_DEPTH = 8  # of it
 VERSION = version("zrl")
@@ -88,12 +89,18 @@ def document(stats: Mapping[str, Any], learner: Learner, **more: Any) -> dict[st
     return found
 
 
+def has_room(n_workers: int) -> bool:
+    """Whether the rows of so many workers may fit into a frame. Those of a thousand, made only to be left out, would
+    keep the collator for 20 ms a second."""
+    return n_workers * LEAST_ROW <= ROOM
+
+
 def frame(status: Mapping[str, Any]) -> bytes:
     """A status as JSON of less than 64 KiB, whatever is in it: without the rows of workers above 48 KiB."""
     data = json.dumps(status, allow_nan=False).encode()
     if len(data) > ROOM:
         short = {name: x for name, x in status.items() if name != "peers"}
-        short["peers_omitted"] = len(status.get("peers", ()))
+        short.setdefault("peers_omitted", len(status.get("peers", ())))
         data = json.dumps(short, allow_nan=False).encode()
         if len(data) > ROOM:
             data = json.dumps({name: short[name] for name in _ESSENTIAL if name in short}, allow_nan=False).encode()

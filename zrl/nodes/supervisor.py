@@ -258,6 +258,7 @@ class _Run:
             broken = self._broken = Disconnections(self._dealer.socket)
             opened.callback(broken.close)
             opened.callback(Endpoint(broken.socket, self._loop, self._on_event).close)
+            opened.callback(broken.stop)  # first of all
             connect(self._dealer.socket, o.url, o.keys)
             self._opened = opened.pop_all()
 

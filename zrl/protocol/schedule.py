@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 from zrl.protocol.slots import Fragment, Refused, Ring, Slot, SlotTable, Unmap
 
@@ -110,6 +111,7 @@ class Scheduler:
     def worker_attached(self, incarnation: bytes, worker: int, n_slots: int) -> list[Command]:
         """The ring of this worker was accepted."""
         self.slots.attach(incarnation, worker, n_slots)
+        self._changed(incarnation)
         return self._go_on()
 
     def ready(self, incarnation: bytes, slot: int, seq: int, version: int) -> list[Command]:
@@ -118,6 +120,7 @@ class Scheduler:
         if isinstance(fragment, Refused):
             return []
         self._arrived(fragment)
+        self._changed(incarnation)
         return self._go_on()
 
     def gone(self, incarnation: bytes, reason: str = "gone", *, clean: bool = False) -> list[Command]:
@@ -148,7 +151,10 @@ class Scheduler:
 
     def batch_copied(self, batch_id: int) -> list[Command]:
         """The bytes of this batch are out of its slots. In any order with `batch_yielded`."""
-        unmaps = [self.slots.free(fragment) for fragment in self._held.pop(batch_id)]
+        fragments = self._held.pop(batch_id)
+        unmaps = [self.slots.free(fragment) for fragment in fragments]
+        for f in fragments:
+            self._changed(f.incarnation)
         return [*filter(None, unmaps), *self._go_on()]
 
     def batch_yielded(self, batch_id: int, version: int) -> list[Command]:
@@ -197,6 +203,7 @@ class Scheduler:
         if not self.draining:
             for incarnation, slot, least in self._grants():
                 self.slots.grant(incarnation, slot, least)
+                self._changed(incarnation)
                 commands.append(Grant(incarnation, slot, least))
         return commands
 
@@ -218,6 +225,10 @@ class Scheduler:
     def _left(self, incarnation: bytes, clean: bool) -> None:
         """An incarnation is gone; the books still have it as it was. `clean`: what it delivered stays."""
 
+    def _changed(self, incarnation: bytes) -> None:
+        """Slots of this incarnation were freed, granted or filled: for those who look for slots to grant, so that they
+        need not look at every worker every time. It may be gone."""
+
     def _purge(self) -> list[Command]:
         """Drop what is too old for any batch to come."""
         return []
@@ -233,13 +244,18 @@ class Asynchronous(Scheduler):
 
     def __init__(self, slots: SlotTable, n_per_batch: int) -> None:
         super().__init__(slots, n_per_batch, None)
+        self._news: dict[bytes, None] = {}  # incarnations changed since all that was free was granted
+
+    def _changed(self, incarnation: bytes) -> None:
+        self._news[incarnation] = None
 
     def _grants(self) -> Iterable[tuple[bytes, int, int]]:
-        if not self.slots.totals[Slot.FREE]:
-            return
-        for ring in self.slots.live():
-            while ring.counts[Slot.FREE]:
-                yield ring.incarnation, ring.states.index(Slot.FREE), 1
+        if self.slots.totals[Slot.FREE]:
+            for incarnation in list(self._news):
+                ring = self.slots.rings.get(incarnation)
+                while ring is not None and ring.live and ring.counts[Slot.FREE]:
+                    yield incarnation, ring.states.index(Slot.FREE), 1
+        self._news.clear()
 
 
 class Bounded(Scheduler):
@@ -249,6 +265,9 @@ class Bounded(Scheduler):
         super().__init__(slots, n_per_batch, max_lag)
         self._k = max_lag
         self._oldest = 0  # the queue holds nothing older
+        # Who may be granted a slot, the next one first. An entry counts while its burden is that of its ring: whatever
+        # changes that makes another entry.
+        self._candidates: list[tuple[_Burden, Ring]] = []
 
     @property
     def _version_at_yield(self) -> int:
@@ -264,23 +283,46 @@ class Bounded(Scheduler):
         old = [f for f in self._queue if f.version < oldest]
         self._queue = deque(f for f in self._queue if f.version >= oldest)
         unmaps = [self.slots.drop(f, "stale") for f in old]
+        for f in old:
+            self._changed(f.incarnation)
         return [*(Drop(f, "stale") for f in old), *filter(None, unmaps)]
+
+    def _changed(self, incarnation: bytes) -> None:
+        ring = self.slots.rings.get(incarnation)
+        if ring is not None and _grantable(ring):
+            heappush(self._candidates, (_burden(ring), ring))
 
     def _grants(self) -> Iterable[tuple[bytes, int, int]]:
         out = self.out  # grants made here are the only change on the way
         while out < (self._k + 1) * self.n_per_batch and self.slots.totals[Slot.FREE]:
-            ring = min((r for r in self.slots.live() if r.counts[Slot.FREE]), key=_burden)
+            ring = self._next_candidate()
             yield ring.incarnation, ring.states.index(Slot.FREE), self._least_version(out)
             out += 1
+
+    def _next_candidate(self) -> Ring:
+        """Who has least in hand; among equals who has had fewest, then who came first."""
+        if len(self._candidates) > 2 * len(self.slots.rings) + 64:  # most of them do not count any more
+            self._candidates = [(_burden(ring), ring) for ring in self.slots.live() if _grantable(ring)]
+            heapify(self._candidates)
+        while True:
+            burden, ring = heappop(self._candidates)
+            if _grantable(ring) and _burden(ring) == burden:
+                return ring
 
     def _least_version(self, out: int) -> int:
         """What a fragment must begin with to be young enough, if those that are out now arrive before it."""
         return max(1, self.version + out // self.n_per_batch - self._k)
 
 
-def _burden(ring: Ring) -> tuple[int, int]:
-    """First to whom has least in hand; among equals to whom has had fewest."""
-    return ring.counts[Slot.WORKER], ring.granted
+_Burden = tuple[int, int, int]
+
+
+def _burden(ring: Ring) -> _Burden:
+    return ring.counts[Slot.WORKER], ring.granted, ring.order
+
+
+def _grantable(ring: Ring) -> bool:
+    return ring.live and ring.counts[Slot.FREE] > 0
 
 
 class Synchronous(Scheduler):
@@ -334,8 +376,8 @@ class Synchronous(Scheduler):
         return fragments
 
     def _grants(self) -> Iterable[tuple[bytes, int, int]]:
-        if not self._wanted:
-            return
+        if not self._wanted or (self._under_way and not self._open):
+            return  # before the walk over all workers: with every Ready it would be too much
         rings = {ring.worker: ring for ring in self.slots.live()}
         if not self._under_way and not self.batches and len(rings) >= self.n_workers:
             team = sorted(rings)[: self.n_workers]

@@ -92,13 +92,15 @@ class Ring:
     Attributes:
         granted: Releases sent.
         accepted: Readys accepted.
+        order: how many rings were attached before.
     """
 
-    __slots__ = ("accepted", "counts", "granted", "incarnation", "least", "live", "seq", "states", "worker")
+    __slots__ = ("accepted", "counts", "granted", "incarnation", "least", "live", "order", "seq", "states", "worker")
 
-    def __init__(self, incarnation: bytes, worker: int, n_slots: int) -> None:
+    def __init__(self, incarnation: bytes, worker: int, n_slots: int, order: int) -> None:
         self.incarnation = incarnation
         self.worker = worker
+        self.order = order
         self.states = [Slot.FREE] * n_slots
         self.counts = [n_slots, 0, 0, 0, 0]  # by Slot
         self.least: dict[int, int] = {}  # least version of each granted slot, oldest grant first
@@ -124,6 +126,7 @@ class SlotTable:
         refused: what peers said in vain, by reason.
         formed: fragments of formed batches, neither yielded nor discarded.
         totals: slots by state, over all rings; `Slot.ENDED` also over those forgotten.
+        n_attached: rings so far.
     """
 
     newest: int = 1
@@ -133,12 +136,14 @@ class SlotTable:
     refused: Counter[str] = field(default_factory=Counter)
     formed: set[Fragment] = field(default_factory=set)
     totals: list[int] = field(default_factory=lambda: [0] * len(Slot))
+    n_attached: int = 0
 
     def attach(self, incarnation: bytes, worker: int, n_slots: int) -> Refused | None:
         """A worker's ring has been accepted: its slots are FREE."""
         if incarnation in self.rings:
             return self._refuse("attached twice")
-        self.rings[incarnation] = Ring(incarnation, worker, n_slots)
+        self.rings[incarnation] = Ring(incarnation, worker, n_slots, self.n_attached)
+        self.n_attached += 1
         self.totals[Slot.FREE] += n_slots
         return None
 
