@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from zrl.metrics import LONGEST_WINDOW, History, LearnerClock, Recent, Situation, Totals, difference, verdict
+from zrl.metrics import (
+    LONGEST_WINDOW,
+    History,
+    HostFigures,
+    LearnerClock,
+    Recent,
+    Situation,
+    Totals,
+    difference,
+    verdict,
+)
 
 
 class Time:
@@ -119,6 +129,36 @@ def test_time_that_nobody_reports_is_wait_where_workers_wait(reported: float, id
     """10 s, two workers, 4 s of them reported as busy."""
     new = totals(10.0, busy=4.0, wait=reported, present=20.0, idle=idle)
     assert difference(totals(0.0), new).workers["wait"] == pytest.approx(share)
+
+
+def test_rates_by_host_are_those_of_the_window() -> None:
+    old = totals(0.0, by_host={"a": HostFigures(10, 1000, 5.0), "b": HostFigures(7, 700, 3.0)})
+    new = totals(
+        10.0,
+        by_host={"a": HostFigures(30, 3000, 15.0), "b": HostFigures(7, 700, 3.0), "c": HostFigures(4, 400, 8.0)},
+    )
+    recent = difference(old, new)
+    assert recent.by_host == {
+        "a": {"fragments_per_s": 2.0, "env_steps_per_s": 200.0, "fragment_seconds": 0.5},
+        "c": {"fragments_per_s": 0.4, "env_steps_per_s": 40.0, "fragment_seconds": 2.0},
+    }
+    assert recent.slow_host == ("c", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ({"a": 1.0}, ("", 0.0)),  # slower than whom?
+        ({"a": 1.0, "b": 1.9}, ("", 0.0)),
+        ({"a": 1.0, "b": 2.0}, ("b", 2.0)),
+        ({"a": 1.0, "b": 1.1, "c": 5.5}, ("c", 5.0)),
+        ({"a": 1.0, "b": 4.0, "c": 5.0}, ("", 0.0)),  # one fast host does not make the others slow
+        ({"a": 0.0, "b": 1.0}, ("", 0.0)),
+    ],
+)
+def test_the_slow_host(seconds: dict[str, float], slow: tuple[str, float]) -> None:
+    by_host = {name: HostFigures(1, 1, x) for name, x in seconds.items()}
+    assert difference(totals(0.0), totals(1.0, by_host=by_host)).slow_host == slow
 
 
 def test_no_shares_without_time() -> None:
@@ -302,6 +342,17 @@ def but(**changes: Any) -> Situation:
             but(recent=recently(0.5, 0.4, gather=0.1)),
             "slot-bound: the learner waits 50 % of the time, the workers 40 %; more slots for each worker or a larger "
             "--max-lag would let them run ahead",
+        ),
+        (
+            but(max_lag=0, recent=recently(0.63, 0.4, slow_host=("b\x1b[2J", 3.14))),
+            "synchronous: 63 % of the time goes into collecting and 37 % into learning, one after the other; "
+            "--max-lag 1 would overlap the two; fragments of host b\\x1b[2J take 3.1 times as long as others, every "
+            "batch waits for them",
+        ),
+        (
+            but(recent=recently(0.05, 0.61, slow_host=("b", 12.0))),
+            "learner-bound: workers wait 61 % of the time; fewer workers or a larger --batch would lose nothing; "
+            "fragments of host b take 12.0 times as long as others, no batch waits for them",
         ),
         (
             BUSY,

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 WINDOW, LONGEST_WINDOW = 10.0, 60.0  # seconds that shares are about: usually, and where little happens
 SHORTEST_WINDOW = 1.0  # seconds below which shares say nothing
@@ -24,6 +24,7 @@ WAITS = 0.3  # share of waiting from which on somebody is kept waiting
 COPIES = 0.5  # share of copying from which on it may be what the others wait for
 STALE = 0.01  # share of fragments dropped as too old that is worth a word
 STARVED = 5.0  # seconds without a batch
+SLOW = 2.0  # times as long as others', from which on fragments are slow
 OVERDUE = 2.0  # times as long as batches usually take
 
 Phase = Literal["wait", "publish", "train"]
@@ -153,6 +154,15 @@ class LearnerClock:
 _STAGES = ("env", "actor", "write", "reset")
 
 
+class HostFigures(NamedTuple):
+    """What the workers of one host have delivered: fragments, the environment steps in them, and seconds from each
+    grant to its fragment, the way there and back included."""
+
+    fragments: int = 0
+    env_steps: int = 0
+    seconds: float = 0.0
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Totals:
     """What has been counted up to a moment, all of it over the whole run.
@@ -164,6 +174,7 @@ class Totals:
         learner: `LearnerClock.read`; `gather`: seconds of copying slots into batches.
         fragments: delivered; `batches`: yielded; `lags`: fragments of these by their lag.
         stale: fragments dropped as too old; `stale_by`: by worker, as far as it is known.
+        by_host: by the host's name.
         present, idle: seconds of workers in all, and in phase wait; a `History` fills them in.
     """
 
@@ -179,6 +190,7 @@ class Totals:
     lags: Mapping[int, int] = dataclasses.field(default_factory=dict)
     stale: int = 0
     stale_by: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    by_host: Mapping[str, HostFigures] = dataclasses.field(default_factory=dict)
     present: float = 0.0
     idle: float = 0.0
 
@@ -198,6 +210,9 @@ class Recent:
         lag: min, mean and max of the fragments yielded.
         stale: share of the fragments delivered that were dropped as too old.
         stragglers: workers that most of these came from, the worst first.
+        by_host: fragments and environment steps per second, and seconds of a fragment, by the host's name.
+        slow_host: the slowest of several hosts, and how many times as long its fragments take as those of the host in
+            the middle; empty where that is less than twice.
     """
 
     seconds: float = 0.0
@@ -210,12 +225,15 @@ class Recent:
     lag: Mapping[str, float] = dataclasses.field(default_factory=dict)
     stale: float = 0.0
     stragglers: tuple[int, ...] = ()
+    by_host: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    slow_host: tuple[str, float] = ("", 0.0)
 
     def as_dict(self) -> dict[str, Any]:
         """What of it goes into a status: ``shares`` and ``rates``."""
         return {
             "shares": {"seconds": self.seconds, "workers": dict(self.workers), "learner": dict(self.learner)},
             "rates": {"env_steps_per_s": self.env_steps_per_s, "batches_per_s": self.batches_per_s},
+            "by_host": {name: dict(found) for name, found in self.by_host.items()},
         }
 
 
@@ -272,6 +290,7 @@ def difference(old: Totals, new: Totals) -> Recent:
     stale_by = _less(new.stale_by, old.stale_by)
     most = max(stale_by.values(), default=0)
     known = sum(_busy_and_wait(old, new)) >= KNOWN * (new.present - old.present) > 0
+    by_host = _by_host(old.by_host, new.by_host, seconds)
     worst = sorted((w for w, n in stale_by.items() if 2 * n > most), key=lambda w: (-stale_by[w], w))
     return Recent(
         seconds=seconds,
@@ -284,7 +303,33 @@ def difference(old: Totals, new: Totals) -> Recent:
         lag=_summary(_less(new.lags, old.lags)),
         stale=_ratio(new.stale - old.stale, fragments),
         stragglers=tuple(worst[:3]),
+        by_host=by_host,
+        slow_host=_slowest(by_host),
     )
+
+
+def _by_host(
+    old: Mapping[str, HostFigures], new: Mapping[str, HostFigures], seconds: float
+) -> dict[str, dict[str, float]]:
+    """Of hosts that delivered something in this time."""
+    found = {}
+    for name, now in new.items():
+        then = old.get(name, HostFigures())
+        if n := now.fragments - then.fragments:
+            found[name] = {
+                "fragments_per_s": _ratio(n, seconds),
+                "env_steps_per_s": _ratio(now.env_steps - then.env_steps, seconds),
+                "fragment_seconds": (now.seconds - then.seconds) / n,
+            }
+    return found
+
+
+def _slowest(by_host: Mapping[str, Mapping[str, float]]) -> tuple[str, float]:
+    took = sorted((found["fragment_seconds"], name) for name, found in by_host.items())
+    if len(took) < 2:
+        return "", 0.0
+    (most, name), middle = took[-1], took[(len(took) - 1) // 2][0]
+    return (name, most / middle) if most >= SLOW * middle > 0 else ("", 0.0)
 
 
 def _busy_and_wait(old: Totals, new: Totals) -> tuple[float, float]:
@@ -357,7 +402,17 @@ class Situation:
 
 
 def verdict(s: Situation) -> str:
-    """One sentence: what the run waits for, and which option changes that."""
+    """One sentence: what the run waits for, and which option changes that; and which host is far slower than others."""
+    name, times = s.recent.slow_host
+    found = _verdict(s)
+    if not name or not s.recent.enough:
+        return found
+    shown = name.encode("unicode_escape").decode()
+    effect = "every batch waits for them" if s.max_lag == 0 else "no batch waits for them"
+    return f"{found}; fragments of host {shown} take {times:.1f} times as long as others, {effect}"
+
+
+def _verdict(s: Situation) -> str:
     recent = s.recent
     if not s.workers and not s.in_process:
         return f"no worker {'is left' if s.had_workers else 'yet'}: {s.why}"

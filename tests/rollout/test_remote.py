@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,18 +63,19 @@ class Peer:
 
 
 def hello(role: str, **more: Any) -> m.Hello:
-    given: dict[str, Any] = {"host": m.NO_ID, "index": 0, "generation": 0, "count": 0, **more}
+    given: dict[str, Any] = {"name": role, "host": m.NO_ID, "index": 0, "generation": 0, "count": 0, **more}
     ids = (m.NO_ID, os.urandom(m.ID_NBYTES))
-    return m.Hello(*ids, protocol=1, role=role, name=role, versions=(), pid=os.getpid(), boot_id="", **given)
+    return m.Hello(*ids, protocol=1, role=role, versions=(), pid=os.getpid(), boot_id="", **given)
 
 
 @contextlib.contextmanager
-def attached(it: PipelineRollout, spec: FragmentSpec) -> Iterator[Peer]:
+def attached(it: PipelineRollout, spec: FragmentSpec, name: str = "host") -> Iterator[Peer]:
     with contextlib.closing(Link(it.urls[0])) as host, contextlib.closing(Link(it.urls[0])) as link:
-        his = hello("host", count=1)
+        his = hello("host", name=name, count=1)
         host.send(his)
-        assert isinstance(host.receive(LIMIT), m.Welcome)
-        me = hello("worker", host=his.incarnation)
+        told = host.receive(LIMIT)
+        assert isinstance(told, m.Welcome)
+        me = hello("worker", host=his.incarnation, index=told.index_base)
         link.send(me)
         welcome = link.receive(LIMIT)
         assert isinstance(welcome, m.Welcome)
@@ -202,6 +205,30 @@ def test_what_the_books_do_not_allow_is_not_received(it: PipelineRollout) -> Non
         until(lambda: sum(it.stats()["refused"].values()) == 4)
         assert it.stats()["refused"] == {"slot not granted": 2, "version out of range": 1, "seq repeated": 1}
         audit(it)
+
+
+def test_the_verdict_names_a_slow_host(it: PipelineRollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One answers at once, the other after 0.2 s: batches do not wait for it."""
+    spec = spec_of(SMALL)
+    _, data = fragment(spec, 7)
+    with attached(it, spec, "quick") as quick, attached(it, spec, "slow") as slow:
+        held: list[tuple[float, m.Release]] = []
+        deadline = time.monotonic() + 3 * LIMIT
+        while "host slow" not in (said := it.stats()["verdict"]):
+            assert time.monotonic() < deadline, said
+            if isinstance(granted := quick.link.receive(0.001), m.Release):
+                quick.ready(granted.slot, data, version=it.version)
+            if it.stats()["slots"]["ready"]:
+                next(it)
+            while (release := slow.link.receive(0.001)) is not None:
+                assert isinstance(release, m.Release)
+                held.append((time.monotonic() + 0.2, release))
+            while held and held[0][0] < time.monotonic():
+                slow.ready(held.pop(0)[1].slot, data, version=it.version)
+        by_host = it.stats()["by_host"]
+    assert re.search(r"; fragments of host slow take [0-9.]+ times as long as others, no batch waits for them$", said)
+    assert by_host["slow"]["fragment_seconds"] >= 0.2
+    assert by_host["quick"]["fragments_per_s"] > by_host["slow"]["fragments_per_s"]
 
 
 def test_a_worker_that_goes_leaves_what_it_sent_to_the_books(it: PipelineRollout) -> None:

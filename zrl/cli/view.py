@@ -51,7 +51,7 @@ def render(status: Mapping[str, Any], rows: int = MOST_ROWS) -> RenderableType:
     parts += [Text("   ".join(words)) for words in (_rates(status), _returns(status), _flow(status)) if words]
     if _rows(status):
         parts.append(_table(status, rows))
-    parts += [Text(line) for line in (_omitted(status, rows), _what_went_wrong(status)) if line]
+    parts += [Text(line) for line in (_omitted(status, rows), *_hosts(status), _what_went_wrong(status)) if line]
     parts += list(_bars(status))
     parts.append(Text(_text(status, "verdict") or "no figures yet", style="bold"))
     return Group(*parts)
@@ -173,6 +173,22 @@ def _flow(status: Mapping[str, Any]) -> list[str]:
     counts = [f"{n:.0f} {name}" for name in SLOTS if (n := _number(slots, name)) is not None]
     found += [f"slots {', '.join(counts)}"] if counts else []
     return found
+
+
+def _hosts(status: Mapping[str, Any]) -> list[str]:
+    """The fastest and the slowest of several hosts."""
+    by_host = _mapping(status, "by_host")
+    found = [
+        (seconds, escaped(name), _number(_mapping(by_host, name), "env_steps_per_s") or 0.0)
+        for name in by_host
+        if (seconds := _number(_mapping(by_host, name), "fragment_seconds")) is not None
+    ]
+    if len(found) < 2:
+        return []
+    return [
+        f"{word} of {len(found)} hosts: {_shortened(name, _HOST)}, {seconds:,.2f} s a fragment, {rate:,.0f} steps/s"
+        for word, (seconds, name, rate) in (("fastest", min(found)), ("slowest", max(found)))
+    ]
 
 
 def _rows(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:

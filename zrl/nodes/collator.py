@@ -30,7 +30,7 @@ import uvloop
 from zrl.data.batch import FragmentMeta
 from zrl.data.memory import boot_id
 from zrl.errors import ConfigError, ProtocolError, StarvationError, ZrlError
-from zrl.metrics import History, Recent, Situation, StageTimes, Totals, verdict
+from zrl.metrics import History, HostFigures, Recent, Situation, StageTimes, Totals, verdict
 from zrl.net.addresses import pub_url, reachable
 from zrl.net.auth import Gate
 from zrl.net.codec import TOPIC_STATUS, decode, encode
@@ -110,6 +110,15 @@ class OwnHost:
     keep_log: Callable[[Path], Path]
 
 
+@dataclass(slots=True)
+class _HostCounts:
+    """`HostFigures` that are counted up."""
+
+    fragments: int = 0
+    env_steps: int = 0
+    seconds: float = 0.0
+
+
 class Collator:
     """Made and closed by the user's thread; `start` it once.
 
@@ -145,6 +154,8 @@ class Collator:
         self.stale: Counter[int] = Counter()  # fragments dropped as too old, by worker: the stragglers
         self.learner = Learner()
         self._began = time.monotonic()
+        self._granted_at: dict[bytes, dict[int, float]] = {}  # by incarnation and slot
+        self._of_hosts: dict[str, _HostCounts] = {}  # by name; their number is limited by `Peers`
         self._history = History()
         self._recent = Recent()  # as of the last tick
         self._cores = cores()
@@ -487,6 +498,7 @@ class Collator:
     def _grant(self, c: s.Grant) -> None:
         worker = self.peers.workers.get(c.incarnation)
         if worker is not None:  # else it was lost since
+            self._granted_at.setdefault(c.incarnation, {})[c.slot] = time.monotonic()
             self._to(worker.peer, m.Release(self.publisher.run_id, c.incarnation, c.slot, c.least_version))
 
     def _form(self, c: s.FormBatch) -> None:
@@ -524,6 +536,10 @@ class Collator:
         times.n_env_steps += r.n_env_steps
         times.n_masked += max(0, self.plan.n_steps * self.plan.n_columns - r.n_env_steps)
         self.waited += r.wait
+        host = self._of_hosts.setdefault(self.peers.workers[r.incarnation].host.name, _HostCounts())
+        host.fragments += 1
+        host.env_steps += r.n_env_steps
+        host.seconds += time.monotonic() - self._granted_at[r.incarnation].pop(r.slot)
 
     def _inspect(self, c: p.Inspect) -> None:
         attach = c.attach
@@ -556,6 +572,7 @@ class Collator:
             self.losses[c.reason] += 1
         if report is not None and self._host is None and report.cause not in ("drained", "disconnected"):
             self._warn("worker %d is gone (%s): %s", c.worker, report.cause, m.printable(report.error[:MOST_TEXT]))
+        self._granted_at.pop(c.incarnation, None)
         before = self.scheduler.n_regranted
         self._do(self.scheduler.gone(c.incarnation, "gone", clean=c.clean))
         if self.scheduler.n_regranted > before:
@@ -682,6 +699,7 @@ class Collator:
             lags=dict(self.learner.lags),
             stale=slots.dropped["stale"] + slots.dropped["stale batch"],
             stale_by=dict(self.stale),
+            by_host={name: HostFigures(x.fragments, x.env_steps, x.seconds) for name, x in self._of_hosts.items()},
         )
 
     def _situation(self) -> Situation:

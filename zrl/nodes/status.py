@@ -99,7 +99,7 @@ def frame(status: Mapping[str, Any]) -> bytes:
     """A status as JSON of less than 64 KiB, whatever is in it: without the rows of workers above 48 KiB."""
     data = json.dumps(status, allow_nan=False).encode()
     if len(data) > ROOM:
-        short = {name: x for name, x in status.items() if name != "peers"}
+        short = {name: x for name, x in status.items() if name not in ("peers", "by_host")}
         short.setdefault("peers_omitted", len(status.get("peers", ())))
         data = json.dumps(short, allow_nan=False).encode()
         if len(data) > ROOM:
