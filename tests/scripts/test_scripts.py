@@ -34,6 +34,13 @@ KEYS = {
             *("collect_steps_per_s", "pipeline_steps_per_s"),
         ],
     ),
+    "bench_remote.py": (
+        ["--seconds", "0.05", "--rounds", "1"],
+        [
+            *("tcp_over_pyzmq", "tcp_over_pyzmq_1mib", "tcp_over_pyzmq_4mib", "tcp_mib_per_s_4mib"),
+            *("remote_over_local_cartpole", "remote_over_local_pong"),
+        ],
+    ),
     "bench_weights.py": (
         ["--repeats", "1"],
         [f"{what}_ms_{size}" for what in ("publish", "adopted") for size in ("0_1mb", "6_4mb", "64mb")],
