@@ -41,7 +41,7 @@ def environment(folder: Path) -> dict[str, str]:
     bin_folder.mkdir(exist_ok=True)
     command(bin_folder / "zrl", f'exec "{sys.executable}" -m zrl "$@"\n')
     return {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("ZRL_", "SLURM_"))},
+        **{name: value for name, value in os.environ.items() if not name.startswith(("ZRL_", "SLURM_", "RAY_"))},
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         MARK: str(folder),

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from zrl.cli.failures import EXIT_USAGE, Failure, usage
+from zrl.cli.failures import EXIT_USAGE, Failure, failures, usage
 from zrl.cli.options import settings_of
 from zrl.cli.train import learner_command
+from zrl.config import value_of
 from zrl.errors import ConfigError
 from zrl.train.run_folder import RunFolder
 
@@ -29,6 +30,7 @@ def launch_command() -> None:
     \b
     zrl launch slurm --keys keys --hosts 4 --workers-per-host 16 -- CartPole-v1 --algo impala --envs 256 > job.sh
     zrl launch k8s --image IMAGE --keys keys --hosts 4 -- CartPole-v1 --algo impala --envs 256 > run.yaml
+    zrl launch ray --keys /shared/keys --workers-per-host 16 -- CartPole-v1 --algo impala --envs 256
     """
 
 
@@ -104,6 +106,79 @@ def k8s_command(output: Path | None, force: bool, **given: Any) -> None:
         k8s = Kubernetes(**{word: given[word] for word in words})
         text = manifest(_plan(given, gpu=given["gpus"] > 0, files=False), k8s)
     _put(text, output, force, 0o666)
+
+
+class HostCount(click.ParamType[Any]):
+    """A number, or ``auto``, which is None."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "auto":
+            return None
+        try:
+            return click.IntRange(1, 4096).convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"expected a number from 1, or auto, not {value!r}", param, ctx)
+
+
+@launch_command.command("ray")
+@words_argument
+@click.option("--address", default="auto", show_default=True, help="of the Ray cluster")
+@click.option(
+    "--hosts", type=HostCount(), default="auto", show_default=True,
+    help="hosts of workers; auto: one on each node with enough CPUs, also on those that join later",
+)  # fmt: skip
+@workers_per_host_option
+@click.option(
+    "--cpus-per-host", type=click.FloatRange(0, min_open=True), help="of Ray's  [default: one for each worker]"
+)
+@click.option(
+    "--gpus", type=click.FloatRange(0), default=0,
+    help="of the learner, which a node that has them runs then, with --device cuda  [default: none; on this machine]",
+)  # fmt: skip
+@click.option("--connect", default="", metavar="URL", help="hosts for a learner that is there already, instead of ENV")
+@click.option(
+    "--keys", type=click.Path(path_type=Path), metavar="DIR",
+    help="folder of the keys, the same path on every node; needed where there are several machines",
+)  # fmt: skip
+@click.option("--insecure", is_flag=True, help="go without keys on several machines")
+@click.option("--import", "imports", multiple=True, metavar="MODULE", help="as for zrl worker; repeatable")
+@click.option("--env-kwargs", default=None, metavar="JSON", help="as for zrl worker, with --connect")
+@click.option("--port", type=int, default=5555, show_default=True, help="the learner's; it takes the next, too")
+def ray_command(**given: Any) -> None:
+    """Run hosts of workers as actors of a Ray cluster, and a learner, until it is done.
+
+    Hosts are started again elsewhere when their node dies. The first Ctrl-C or SIGTERM saves a checkpoint and stops
+    everything, the second one kills. The exit code is that of the learner.
+    """
+    from zrl.launch.plan import Plan
+    from zrl.launch.ray import RayOptions, launch
+
+    per_host, connect, gpus = given["workers_per_host"], given["connect"], given["gpus"]
+
+    def plan_for(hosts: int) -> Plan:
+        counted = {**given, "hosts": hosts}
+        if not connect:
+            return _plan(counted, gpu=gpus > 0)
+        kwargs = given["env_kwargs"] and value_of("env_kwargs", given["env_kwargs"], "--env-kwargs")
+        return Plan((), hosts, per_host, imports=given["imports"], env_kwargs=kwargs, port=given["port"])
+
+    with usage():
+        if bool(connect) == bool(given["words"]):
+            raise ConfigError("expected either ENV and words of zrl learner, or --connect URL of one that is there")
+        if not connect and given["env_kwargs"]:
+            raise ConfigError("--env-kwargs: with a learner of its own they belong behind --, to the learner's words")
+        if given["keys"] and given["insecure"]:
+            raise ConfigError("--insecure: makes no sense with --keys; leave one of them out")
+        plan_for(given["hosts"] or 1)
+    options = RayOptions(
+        given["address"], given["hosts"], given["cpus_per_host"] or float(per_host), gpus, connect, given["keys"],
+        given["insecure"],
+    )  # fmt: skip
+    with failures() as signals:
+        code = launch(options, plan_for, click.echo, signals)
+    raise SystemExit(code)
 
 
 def _plan(given: dict[str, Any], *, gpu: bool, files: bool = True) -> Plan:
