@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -30,6 +32,8 @@ from tests.launch.processes import (
     updates,
 )
 from zrl.cli import main
+from zrl.errors import ConfigError
+from zrl.launch.ray import RayOptions, learner_url
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: zrl[ray]")
 
@@ -245,8 +249,14 @@ def test_hosts_on_every_node_for_a_learner_that_is_there(
         cluster.tell("kill b")
         until(lambda: "its node is gone" in launcher.text, lambda: launcher.text)
         until(lambda: sum(map(alive, launcher.hosts())) == 1, lambda: launcher.text)
+        (left,) = filter(alive, launcher.hosts())
+        os.kill(left, signal.SIGKILL)
+        launcher.wait_for_hosts(3)  # another of the same actor, after a while
+        assert "ended with 137" in launcher.text
+        until(lambda: launcher.text.count("welcome: CartPole") == 3, lambda: launcher.text)
         launcher.process.send_signal(signal.SIGTERM)
         assert launcher.wait() == 143, launcher.text
+        assert "ended with 143" in launcher.text  # SIGTERM reaches it, and it need not be killed
         assert not any(map(alive, launcher.hosts()))
         assert running.poll() is None  # it waits for others
         running.terminate()
@@ -262,16 +272,19 @@ def test_hosts_on_every_node_for_a_learner_that_is_there(
 def test_the_learner_on_a_node_with_a_gpu_and_what_stops_it(folder: Path, cluster: Cluster, launch: Launch) -> None:
     cluster.tell("add a 2 1")
     words = ["--address", cluster.address, "--hosts", "1", "--workers-per-host", "1", "--gpus", "1"]
+    hopeless = launch(*words[:-2], "--port", str(free_port()), "--import", "no_module", "--", *SMALL)
+    assert hopeless.wait() == 2, hopeless.text
+    assert "ended with 2\n" in hopeless.text
     there = launch(*words, "--port", str(free_port()), "--", *SMALL, "--device", "cpu", "--steps", "1k")
     assert there.wait() == 0, there.text
     assert "learner at tcp://127.0.0.1:" in there.text
     assert "all steps taken" in there.text
     runs = folder / "runs"  # not in the folder of an actor
-    (first,) = runs.iterdir()
+    keys = keys_in(folder / "keys")  # so at the node's address
     for stop, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
-        before = updates(runs)
+        before, saved = updates(runs), len(checkpoints(runs))
         launcher = launch(
-            *(*words[:-2], "--port", str(free_port()), "--", *SMALL, "--steps", "100M"),
+            *(*words[:-2], "--keys", str(keys), "--port", str(free_port()), "--", *SMALL, "--steps", "100M"),
         )
         launcher.wait_for_hosts(1)
         wait_for_updates(launcher, runs, before + 5)
@@ -280,7 +293,29 @@ def test_the_learner_on_a_node_with_a_gpu_and_what_stops_it(folder: Path, cluste
         assert launcher.wait() == code, launcher.text
         wait_for_the_end_of(everybody)
         if stop == signal.SIGTERM:
-            assert len(checkpoints(runs)) > len(list(first.glob("checkpoints/step_*.pt")))
+            assert len(checkpoints(runs)) > saved
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words", "url"),
+    [
+        (["10.0.0.1"], {}, "tcp://127.0.0.1:5555"),
+        (["10.0.0.1", "10.0.0.1"], {}, "tcp://127.0.0.1:5555"),
+        (["10.0.0.1", "10.0.0.2"], {"keys": Path("k")}, "tcp://10.0.0.1:5555"),
+        (["10.0.0.1", "10.0.0.2"], {"insecure": True}, "tcp://10.0.0.1:5555"),
+        (["fd00::1"], {"keys": Path("k")}, "tcp://[fd00::1]:5555"),
+        (["10.0.0.1", "10.0.0.2"], {}, ""),
+        (["10.0.0.2"], {}, ""),
+    ],
+)
+def test_where_a_learner_listens(nodes: list[str], words: dict[str, Any], url: str) -> None:
+    there = [{"NodeManagerAddress": address, "Alive": True} for address in nodes]
+    gone = {"NodeManagerAddress": "10.0.0.9", "Alive": False}
+    if url:
+        assert learner_url(RayOptions(**words), [*there, gone], min(nodes), 5555) == url
+        return
+    with pytest.raises(ConfigError, match="this cluster has several machines, and nothing would be encrypted"):
+        learner_url(RayOptions(**words), [*there, gone], "10.0.0.1", 5555)
 
 
 @with_ray

@@ -10,6 +10,7 @@ Only words travel through Ray: keys stay where they are, in a folder that every 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import secrets
@@ -17,7 +18,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,7 @@ def _learner(ray: Any, o: RayOptions, plan: Plan, say: Callable[[str], None], si
     if o.connect:
         return _Learner(o.connect)
     if not o.gpus:
-        url = _url(ray, o, ray.util.get_node_ip_address(), plan.port)
+        url = learner_url(o, ray.nodes(), ray.util.get_node_ip_address(), plan.port)
         return _LearnerHere(url, ["learner", *plan.learner, "--bind", url, *o.secured])
     say(f"looking for a node with {o.gpus:g} GPUs for the learner")
     actor = ray.remote(Process).options(num_cpus=1, num_gpus=o.gpus).remote(os.getcwd())
@@ -263,15 +264,20 @@ def _learner(ray: Any, o: RayOptions, plan: Plan, say: Callable[[str], None], si
             raise ProcessError(
                 f"--gpus: within {PLACEMENT:.0f} s no node had {o.gpus:g} GPUs and a CPU to spare; see `ray status`"
             )
-    url = _url(ray, o, ray.get(asked), plan.port)
+    url = learner_url(o, ray.nodes(), ray.get(asked), plan.port)
     ray.get(actor.start.remote("learner", *plan.learner, "--bind", url, *o.secured))
     say(f"learner at {url}")
     return _LearnerThere(url, ray, actor)
 
 
-def _url(ray: Any, o: RayOptions, address: str, port: int) -> str:
+def learner_url(o: RayOptions, nodes: Sequence[Mapping[str, Any]], address: str, port: int) -> str:
+    """Where a learner listens whose node has this address, in a cluster of these nodes, as `ray.nodes` has them.
+
+    Raises:
+        ConfigError: on the loopback interface others would not find it, and nothing says how else it may.
+    """
     if o.keys is None and not o.insecure:
-        if {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]} != {address}:
+        if {node["NodeManagerAddress"] for node in nodes if node["Alive"]} != {address}:
             raise ConfigError(
                 "--keys: this cluster has several machines, and nothing would be encrypted: that needs --keys DIR, a "
                 "folder that every node has (docs/launch.md says how to make it), or --insecure to go without"
@@ -329,11 +335,13 @@ class _Hosts:
 
     def stop(self) -> None:
         """Have all of them end; who does not is killed by the end of this program's job."""
-        for host in self.hosts:
-            host.asked = host.actor.stop.remote(HOST_GRACE)
-        if self.hosts:
-            asked = [host.asked for host in self.hosts]
-            self.ray.wait(asked, num_returns=len(asked), timeout=HOST_GRACE + 5.0)
+        asked = {host.actor.stop.remote(HOST_GRACE): host for host in self.hosts if host.state is not None}
+        if asked:
+            ready, _ = self.ray.wait(list(asked), num_returns=len(asked), timeout=HOST_GRACE + 5.0)
+            for reference in ready:
+                with contextlib.suppress(self.ray.exceptions.RayActorError):  # it ended by itself, or with its node
+                    host = asked[reference]
+                    self._say_if_ended(host, self.ray.get(reference), host.state)
         for host in self.hosts:
             self.ray.kill(host.actor)
 
@@ -385,10 +393,13 @@ class _Hosts:
             raise ProcessError(f"{host.name} cannot be started: {error}") from None
         if before is None or before.pid != state.pid:
             self.say(f"{host.name}: process {state.pid} on {state.node}")
-        if state.code is not None and (before is None or before.code is None):
-            self.say(f"{host.name}: ended with {state.code}")
-            if state.code != 0 and state.code not in HOPELESS:
-                host.again = now + DELAY
+        self._say_if_ended(host, state.code, before)
+        if state.code not in (None, 0, *HOPELESS):
+            host.again = now + DELAY
+
+    def _say_if_ended(self, host: _Host, code: int | None, before: State | None) -> None:
+        if code is not None and (before is None or before.code is None):
+            self.say(f"{host.name}: ended with {code}")
 
 
 def _ray() -> Any:
