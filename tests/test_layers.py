@@ -49,6 +49,7 @@ ONLY_IN: dict[str, set[str]] = {
     "click": {"cli"},
     "gymnasium": {"collect", "zoo", "train", "cli"},
     "matplotlib": {"train"},
+    "ray": {"launch"},
 }
 
 #: Parts that may import these packages of others and, besides them, the standard library alone.
@@ -58,7 +59,7 @@ NOTHING_BUT: dict[str, set[str]] = {
 }
 
 #: Never imported by a module as it loads, only by the function that needs it: (part, package), "*" for every part.
-ONLY_IN_FUNCTIONS = {("*", "matplotlib"), ("algo", "numpy")}
+ONLY_IN_FUNCTIONS = {("*", "matplotlib"), ("*", "ray"), ("algo", "numpy")}
 
 #: Names that say nothing about what is inside.
 NO_NAMES = {"utils", "helpers", "common", "misc"}
@@ -179,6 +180,9 @@ def test_the_table_holds_no_cycle() -> None:
         ("train/plots.py", "import matplotlib.pyplot as plt", "only inside the function"),
         ("train/plots.py", "class A:\n    import matplotlib", "only inside the function"),
         ("cli/run.py", "def f():\n    import matplotlib", "only in train"),
+        ("launch/ray.py", "import ray", "only inside the function"),
+        ("cli/launch.py", "def f():\n    import ray", "only in launch"),
+        ("launch/slurm.py", "import zrl.cli", "launch must not know cli"),
         ("errors.py", "import zrl.config", "errors must not know config"),
         ("metrics.py", "from zrl.data.spec import FragmentSpec", "metrics must not know data"),
         ("nodes/worker.py", "import zmq.asyncio", "only in net"),

@@ -14,6 +14,7 @@ import zrl
 from zrl.cli.check import check_command
 from zrl.cli.eval import eval_command
 from zrl.cli.keys import keys_command
+from zrl.cli.launch import launch_command
 from zrl.cli.plot import plot_command
 from zrl.cli.train import learner_command, train_command
 from zrl.cli.watch import status_command, top_command
@@ -47,6 +48,6 @@ def main() -> None:
 
 for _command in (
     *(train_command, eval_command, plot_command, check_command),
-    *(learner_command, worker_command, status_command, top_command, keys_command),
+    *(learner_command, worker_command, status_command, top_command, keys_command, launch_command),
 ):
     main.add_command(_command)
