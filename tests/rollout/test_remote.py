@@ -21,8 +21,9 @@ from tests.toys import CountingActor
 from zrl import Batch
 from zrl.data.fragment import Slot, private_memory
 from zrl.data.spec import ArraySpec, FragmentSpec
-from zrl.net.link import Link
-from zrl.net.sockets import chunks
+from zrl.net import keys as k
+from zrl.net.link import Link, LinkLost
+from zrl.net.sockets import MAX_FRAME, chunks
 from zrl.protocol import messages as m
 from zrl.rollout import cluster
 from zrl.rollout.pipeline import PipelineRollout
@@ -69,8 +70,13 @@ def hello(role: str, **more: Any) -> m.Hello:
 
 
 @contextlib.contextmanager
-def attached(it: PipelineRollout, spec: FragmentSpec, name: str = "host") -> Iterator[Peer]:
-    with contextlib.closing(Link(it.urls[0])) as host, contextlib.closing(Link(it.urls[0])) as link:
+def attached(
+    it: PipelineRollout, spec: FragmentSpec, name: str = "host", keys: k.HostKeys | None = None
+) -> Iterator[Peer]:
+    with (
+        contextlib.closing(Link(it.urls[0], keys=keys)) as host,
+        contextlib.closing(Link(it.urls[0], keys=keys)) as link,
+    ):
         his = hello("host", name=name, count=1)
         host.send(his)
         told = host.receive(LIMIT)
@@ -150,6 +156,28 @@ def test_what_was_sent_is_what_is_yielded(it: PipelineRollout, shape: tuple[int,
     audit(it)
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_full_frames_encrypted(tmp_path: Path, more: int) -> None:
+    """Encryption makes a frame longer, which is no reason to cut the connection; twice as long a frame is."""
+    tmp_path.chmod(0o700)
+    server = k.new_pair(tmp_path / "a", "server")
+    k.authorize(tmp_path / "a", "one", k.new_pair(tmp_path / "b", "one"))
+    k.authorize(tmp_path / "b", "server", server)
+    keys, spec = k.host_keys(tmp_path / "b"), spec_of(LARGE)
+    with (
+        cluster.rollout("E", CountingActor(), T, B, 2, 1, bind="tcp://127.0.0.1:*", keys=tmp_path / "a") as it,
+        attached(it, spec, keys=keys) as peer,
+    ):
+        slot, data = fragment(spec, 1)
+        peer.ready(peer.release().slot, *chunks(data, MAX_FRAME * (1 + more)))
+        if more:
+            assert peer.release().slot == 1
+            with pytest.raises(LinkLost):
+                peer.link.receive(LIMIT)
+        else:
+            assert same(next(it), slot)
+
+
 def test_frames_may_have_any_size_below_the_limit(it: PipelineRollout) -> None:
     spec = spec_of(LARGE)
     slot, data = fragment(spec, 1)
@@ -178,11 +206,11 @@ def test_a_payload_of_another_size_is_counted_and_the_slot_stays_with_the_worker
     spec = spec_of(SMALL)
     slot, data = fragment(spec, 3)
     with attached(it, spec) as peer:
-        k = peer.release().slot
+        granted = peer.release().slot
         more = bytearray(data) + b"\0"
         for bad in ([], [data[:-1]], [memoryview(more)], [data, data], [data, *[data[:0]] * 3000, data]):
-            peer.ready(k, *bad)
-        peer.ready(k, data)
+            peer.ready(granted, *bad)
+        peer.ready(granted, data)
         assert same(next(it), slot)
         assert it.stats()["refused"] == {"payload": 5}
         assert it.stats()["fragments"]["committed"] == 1

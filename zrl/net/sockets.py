@@ -32,6 +32,7 @@ from zrl.net.addresses import check_bind, in_use
 from zrl.net.keys import HostKeys, Pair
 
 MAX_FRAME = 256 << 10  # bytes: a larger one would keep heartbeats waiting on a slow link
+CURVE_NBYTES = 33  # that encryption adds to a frame (RFC 26, MESSAGE), and libzmq's limit counts
 MOST_SKIPPED = 1024  # frames of an unwanted payload that are read in one turn
 HANDSHAKE_MS = 5_000
 HEARTBEAT_MS = 5_000
@@ -56,7 +57,7 @@ def make_router(context: Context) -> Socket:
     """The learner's socket for hosts and workers; frames beyond `MAX_FRAME` cut their sender's connection."""
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+    router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + CURVE_NBYTES)
     router.setsockopt(zmq.SNDHWM, 0)
     return _with_heartbeats(router)
 
@@ -66,7 +67,7 @@ def make_dealer(context: Context) -> Socket:
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.IMMEDIATE, 1)
     dealer.setsockopt(zmq.ROUTING_ID, b"z" + os.urandom(15))  # may not begin with a zero byte
-    dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+    dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + CURVE_NBYTES)
     dealer.setsockopt(zmq.SNDHWM, 0)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
     return _with_heartbeats(dealer)
