@@ -41,6 +41,10 @@ KEYS = {
             *("remote_over_local_cartpole", "remote_over_local_pong"),
         ],
     ),
+    "bench_recovery.py": (
+        ["--kills", "1", "--storm", "2", "--restarts", "1"],
+        ["replace_s_median", "replace_s_worst", "rejoin_s", "storm_over_calm", "storm_kills"],
+    ),
     "bench_weights.py": (
         ["--repeats", "1"],
         [f"{what}_ms_{size}" for what in ("publish", "adopted") for size in ("0_1mb", "6_4mb", "64mb")],
