@@ -163,16 +163,16 @@ def rejoining(restarts: int) -> dict[str, float]:
 
         start("-m", "zrl", "worker", "--connect", url, "--count", str(WORKERS), log=folder / "worker")
         learner = start(__file__, "--learner", url, log=folder / "0")
-        wait_for(folder / "0", 20)
+        wait_for(folder / "0", 10)
         for n in range(1, restarts + 1):
-            before = statistics.median(rates(folder / str(n - 1))[-15:])
+            before = statistics.median(rates(folder / str(n - 1))[-10:])
             learner.kill()
             learner.wait()
             begin = time.perf_counter()
             learner = start(__file__, "--learner", url, log=folder / str(n))
             wait_for(folder / str(n), 5, 0.8 * before)
             took.append(time.perf_counter() - begin)
-            wait_for(folder / str(n), 20)
+            wait_for(folder / str(n), 10)
     return {"rejoin_s": statistics.median(took), "rejoin_s_worst": max(took)}
 
 

@@ -42,7 +42,7 @@ KEYS = {
         ],
     ),
     "bench_recovery.py": (
-        ["--kills", "1", "--storm", "2", "--restarts", "1"],
+        ["--kills", "1", "--storm", "1", "--restarts", "1"],
         ["replace_s_median", "replace_s_worst", "rejoin_s", "storm_over_calm", "storm_kills"],
     ),
     "bench_weights.py": (
