@@ -197,7 +197,8 @@ def _plan(given: dict[str, Any], *, gpu: bool, files: bool = True) -> Plan:
     if gpu and settings["device"] is None:
         words += ["--device", "cuda"]
     settings = _parsed([*words, "--workers", str(hosts * per_host)])
-    settings.pop("require_goal")
+    for name in ("require_goal", "expect_workers"):  # no settings of the run
+        settings.pop(name)
     resume, file = settings.pop("resume"), settings.pop("file")
     if not files and (resume or file or str(settings["env"]).endswith(".toml")):
         raise ConfigError(
