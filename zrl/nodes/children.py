@@ -128,13 +128,16 @@ class Zygote:
         with theirs, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             payload_fd = store(_pickled("the environment factory or the actor", (target, payload)))
+            start = frame(Start(cls.mode, str(run_dir), payload_fd, (*PRELOAD, *preload), surroundings, os.getpid()))
             try:
+                # before there is a zygote: one whose host is killed right now knows what to remove
+                sent = _at_once(ours, start)
                 process = _launch(surroundings, theirs.fileno(), payload_fd, log_dir / "zygote.log")
             finally:
                 os.close(payload_fd)
             undo.pop_all()
         zygote = cls(run_dir, log_dir, process, ours, _keep_log=keep_log)
-        zygote._send(Start(cls.mode, str(run_dir), payload_fd, (*PRELOAD, *preload), surroundings, os.getpid()))
+        zygote._send_bytes(start[sent:])
         return zygote
 
     @property
@@ -255,9 +258,12 @@ class Zygote:
                 self._send(message)
 
     def _send(self, message: object, timeout: float = SEND_TIMEOUT) -> None:
+        self._send_bytes(frame(message), timeout)
+
+    def _send_bytes(self, data: bytes, timeout: float = SEND_TIMEOUT) -> None:
         self._socket.settimeout(max(timeout, 1e-3))
         try:
-            self._socket.sendall(frame(message))
+            self._socket.sendall(data)
         except TimeoutError:
             self.process.kill()  # part of a message may be on its way: there is no going on
             log = self._keep_log(self.log)
@@ -343,6 +349,14 @@ class Spawner(Zygote):
     """The same, with a fresh interpreter for each child: for what does not survive a fork; slower by its imports."""
 
     mode: ClassVar[Literal["fork", "spawn"]] = "spawn"
+
+
+def _at_once(to: socket.socket, data: bytes) -> int:
+    """Send what there is room for, without waiting; how many bytes."""
+    to.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        return to.send(data)
+    return 0
 
 
 def _launch(surroundings: Surroundings, fd: int, payload_fd: int, log: Path) -> subprocess.Popen[bytes]:
