@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -100,6 +101,44 @@ def hello(role: str = "host", **changes: Any) -> m.Hello:
         m.NO_ID, os.urandom(16), m.PROTOCOL_VERSION, role, "stranger", (), os.getpid(), boot_id(), m.NO_ID, 0, 0, 3
     )
     return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),  # a TLS hello
+        b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(100),  # ZMTP, up to a point
+    ],
+    ids=["nothing", "http", "tls", "zmtp"],
+)
+@pytest.mark.parametrize("n", [50, pytest.param(500, marks=pytest.mark.long)])
+def test_connections_that_speak_something_else(says: bytes, n: int) -> None:
+    """On the port, all at once: fragments come as before, and a host that means it is welcome."""
+    with rolling(stamps()) as it:
+        it._collator._loop.call_soon_threadsafe(lambda: z.bind(it._collator._router, "tcp://127.0.0.1:*"))
+        ledger = Ledger()
+        drive(it, ledger, lambda: ledger.n_fragments > 10)
+        url: list[str] = []
+        it._collator._loop.call_soon_threadsafe(
+            lambda: url.append(it._collator._router.get(zmq.LAST_ENDPOINT).rstrip(b"\0").decode())  # type: ignore[union-attr]
+        )
+        drive(it, ledger, lambda: url)
+        port = int(url[0].rpartition(":")[2])
+        with contextlib.ExitStack() as opened:
+            for _ in range(n):
+                raw = opened.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+                with contextlib.suppress(OSError):
+                    raw.sendall(says)
+            seen = ledger.n_fragments
+            drive(it, ledger, lambda: ledger.n_fragments > seen + 20)
+            with Stranger(url[0]) as stranger:
+                stranger.send(encode(hello()))
+                assert isinstance(stranger.answer(), m.Welcome)
+        drive(it, ledger, lambda: ledger.n_fragments > seen + 40)
+        assert it.stats()["losses"] == {}
+        audit(it)
 
 
 def test_another_version_is_told_so() -> None:

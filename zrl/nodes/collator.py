@@ -272,7 +272,7 @@ class Collator:
             await self._drain()
 
     def _open(self, opened: contextlib.ExitStack) -> None:
-        raise_descriptor_limit()
+        raise_descriptor_limit(0 if self._own is None else self._own.count)
         context = make_context()
         opened.callback(self._end_context, context)
         if self.plan.keys is not None:  # before anything is bound

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 
+from zrl.errors import ConfigError
 
-def raise_descriptor_limit() -> None:
-    """Allow this process as many open files as it may have: a worker takes several, and the usual limit is 1024."""
+OWN, EACH = 32, 5  # descriptors of a learner or a host, and for each of its workers, at most
+
+
+def raise_descriptor_limit(n_workers: int = 0) -> None:
+    """Allow this process as many open files as it may have: a worker takes several, and the usual limit is 1024.
+
+    Args:
+        n_workers: of this process.
+
+    Raises:
+        ConfigError: it may have too few for them. libzmq ends the whole process where it cannot accept a connection.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, 1 << 16) if hard != resource.RLIM_INFINITY else 1 << 16
     if soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if not os.path.isdir("/proc/self/fd"):
+        return
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = len(os.listdir("/proc/self/fd")) + OWN + EACH * n_workers
+    if most != resource.RLIM_INFINITY and needed > most:
+        raise ConfigError(
+            f"{n_workers} workers take up to {needed} open files, and this process may have {most}: raise the limit "
+            f"(ulimit -n {needed}, LimitNOFILE= of a service), or take fewer workers"
+        )

@@ -107,12 +107,12 @@ def supervise(options: SupervisorOptions, say: Callable[[str], None] = lambda te
         say: gets a line whenever something changes.
 
     Raises:
-        ConfigError: a URL that cannot be connected to, a folder for logs that cannot be made, or a payload that cannot
-            travel.
+        ConfigError: a URL that cannot be connected to, more workers than this process may have open files for, a folder
+            for logs that cannot be made, or a payload that cannot travel.
         ProcessError: no process can be started.
     """
     check_connect(options.url)
-    raise_descriptor_limit()
+    raise_descriptor_limit(options.count)
     run_dir = run_directory()
     keep_log = Logs(options.log_dir).keep
     try:
