@@ -149,6 +149,16 @@ def test_a_learner_that_starves_ends_both(programs: Programs) -> None:
     assert len(set(one)) > 2
 
 
+def test_a_learner_that_is_refused_at_its_start_ends_both(programs: Programs) -> None:
+    port = port_for_two()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port + 2))
+        other.listen()
+        learners = by_hand(programs, f"tcp://127.0.0.1:{port}")
+        assert [learner.wait() for learner in learners] == [5, 5], learners[0].text + learners[1].text
+    assert f"Error: learner 1: tcp://127.0.0.1:{port + 2}: address in use" in learners[0].text
+
+
 def test_zrl_train_is_not_for_several(programs: Programs) -> None:
     program = programs.start([sys.executable, "-m", "zrl", "train"], WORLD_SIZE="2", RANK="0", **MASTER)
     assert program.wait() == 2

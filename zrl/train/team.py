@@ -142,7 +142,13 @@ class Team:
         there = self._store.add("there", 1)
         deadline = time.monotonic() + JOIN_SECONDS
         while there < self.rank.size:
-            check()
+            try:
+                check()
+            except BaseException as e:
+                self._tell_why(e)
+                raise
+            if self._store.check(["end"]):
+                raise self._why(RuntimeError("it ended before all had come"))
             if time.monotonic() >= deadline:
                 raise TeamError(f"{there} of {self.rank.size} learners have come within {JOIN_SECONDS:.0f} s")
             time.sleep(LOOK)
