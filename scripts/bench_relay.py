@@ -37,6 +37,7 @@ import ctypes
 import dataclasses
 import functools
 import json
+import math
 import os
 import select
 import signal
@@ -117,7 +118,7 @@ class Relay(supervisor._Run):
 async def relay(name: str, url: str, row: Rows) -> int:
     """One host, until the learner ends; 0 if it ended as it should."""
     loop = asyncio.get_running_loop()
-    options = supervisor.SupervisorOptions(url=url, name=name, count=1, target="", payload=None)
+    options = supervisor.SupervisorOptions(url=url, name=name, count=1, target="", payload=None, silence=15.0)
     context = make_context()
     zygote = cast(Zygote, Nobody())
     runs: list[Relay] = []
@@ -134,7 +135,7 @@ async def relay(name: str, url: str, row: Rows) -> int:
         tell=tell,
         failed=lambda error: runs[0].over(supervisor._Over(str(error), supervisor.EXIT_FAILED)),
     )
-    run = Relay(options, host, context, silence=15.0, say=lambda text: None)
+    run = Relay(options, host, context, say=lambda text: None, home_at=math.inf)
     run.row = row
     runs.append(run)
     try:

@@ -12,7 +12,7 @@ rounds' ratios. The last line is one flat JSON object:
   ``tcp_over_pyzmq`` is the smaller of the two; ``tcp_mib_per_s_4mib`` and ``pyzmq_mib_per_s_4mib`` are the rates.
 - ``remote_over_local_cartpole``, ``remote_over_local_pong``: environment steps per second with ``zrl worker --no-shm``
   over those with ``zrl worker``, two workers each: CartPole-v1 (T 64, B 16) and Pong as 84×84×4 pictures (T 32, B 4;
-  0 where the extra ``atari`` is not installed).
+  only where the extra ``atari`` is installed).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from zrl.zoo import MLPActor, default_actor
 LIMIT = 30.0  # seconds for whatever should take few
 T, B, CREDITS = 16, 4, 2
 ROOT = Path(__file__).parents[1]
+PARTS = ["pyzmq", "cartpole", "pong"]
 
 
 # ── against pyzmq ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -247,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="of each arm in a round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--sender", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -255,18 +257,21 @@ def main() -> None:
         (send_bare if what == "bare" else send_fragments)(url, int(size))
         return
     figures: dict[str, float] = {}
-    for mib in (1, 4):
+    for mib in (1, 4) if "pyzmq" in options.parts else ():
         ratio, ours, theirs = against_pyzmq(mib, options.seconds, options.rounds)
         figures |= {
             f"tcp_over_pyzmq_{mib}mib": ratio,
             f"tcp_mib_per_s_{mib}mib": ours,
             f"pyzmq_mib_per_s_{mib}mib": theirs,
         }
-    figures["tcp_over_pyzmq"] = min(figures["tcp_over_pyzmq_1mib"], figures["tcp_over_pyzmq_4mib"])
-    found = remote_over_local("CartPole-v1", MLPActor(*SPACES), 64, 16, options.seconds, options.rounds)
-    figures |= {"remote_over_local_cartpole": found.pop("ratio"), **{f"cartpole_{k}": x for k, x in found.items()}}
-    figures["remote_over_local_pong"] = 0.0
-    if importlib.util.find_spec("ale_py") and importlib.util.find_spec("cv2"):
+    if figures:
+        figures["tcp_over_pyzmq"] = min(figures["tcp_over_pyzmq_1mib"], figures["tcp_over_pyzmq_4mib"])
+    if "cartpole" in options.parts:
+        found = remote_over_local("CartPole-v1", MLPActor(*SPACES), 64, 16, options.seconds, options.rounds)
+        figures |= {"remote_over_local_cartpole": found.pop("ratio"), **{f"cartpole_{k}": x for k, x in found.items()}}
+    if "pong" not in options.parts:
+        pass
+    elif importlib.util.find_spec("ale_py") and importlib.util.find_spec("cv2"):
         pong = gym.make("zrl/Atari-v0")
         actor = default_actor(pong.observation_space, pong.action_space)
         found = remote_over_local("zrl.zoo:zrl/Atari-v0", actor, 32, 4, options.seconds, options.rounds)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from zrl.net.addresses import MAX_SOCKET_PATH, run_directory
 from zrl.net.codec import decode, encode
 from zrl.nodes import supervisor
 from zrl.nodes.host import Host
-from zrl.nodes.supervisor import EXIT_DONE, EXIT_LEARNER_LOST, EXIT_REFUSED, SupervisorOptions, supervise
+from zrl.nodes.supervisor import (
+    EXIT_DONE,
+    EXIT_LEARNER_LOST,
+    EXIT_REFUSED,
+    FIRST_DELAY,
+    MOST_HOPS,
+    SupervisorOptions,
+    supervise,
+    why_not_followed,
+)
 from zrl.protocol import messages as m
 
 PATIENCE = 20.0  # seconds
@@ -75,7 +85,7 @@ class Learner(threading.Thread):
 
     def __init__(self, url: str, n_beats: int) -> None:
         super().__init__()
-        self.n_beats = n_beats
+        self.url, self.n_beats = url, n_beats
         self.heard: list[str] = []
         self._context = z.make_context()
         self._router = z.make_router(self._context)
@@ -159,3 +169,128 @@ def test_a_host_ends_with_its_own_run_and_waits_out_the_end_of_another(
     finally:
         learner.join()
     assert learner.heard.count("Hello") >= 2
+
+
+class Redirecting(Learner):
+    """Sends every host to the next of some addresses; when there is none left, refuses it."""
+
+    def __init__(self, url: str, *to: str) -> None:
+        super().__init__(url, n_beats=0)
+        self.to = list(to)
+
+    def _answer(self, peer: bytes, message: m.Message) -> None:
+        self.heard.append(type(message).__name__)
+        if isinstance(message, m.Hello):
+            code, url = ("redirect", self.to.pop(0)) if self.to else ("full", "")
+            z.send(self._router, peer, encode(m.Reject(RUN, message.incarnation, code, "go", bool(url), url)))
+            if not url:
+                self.heard.append("Reject")
+
+
+def followed(first: str, learners: Sequence[Learner], **changes: Any) -> tuple[int, list[str]]:
+    """The exit status of a host that is given the address `first`, and what it said."""
+    said: list[str] = []
+    for learner in learners:
+        learner.start()
+    try:
+        options = dataclasses.replace(OPTIONS, url=first, give_up_after=PATIENCE, **changes)
+        return supervise(options, said.append), said
+    finally:
+        for learner in learners:
+            learner.to = []  # type: ignore[attr-defined]
+            nudge(learner)
+
+
+def nudge(learner: Learner) -> None:
+    """Let it refuse somebody, so that it ends."""
+    context = z.make_context()
+    dealer = z.make_dealer(context)
+    try:
+        z.connect(dealer, learner.url, None)
+        deadline = time.monotonic() + PATIENCE
+        hello = dataclasses.replace(HELLO, incarnation=b"n" * 16)
+        while learner.is_alive() and time.monotonic() < deadline:
+            z.send(dealer, encode(hello))
+            learner.join(0.05)
+    finally:
+        dealer.close()
+        context.term()
+
+
+HELLO = m.Hello(m.NO_ID, b"H" * 16, m.PROTOCOL_VERSION, "host", "a", (), 10, "", m.NO_ID, 0, 0, 1)
+
+
+def test_a_host_goes_where_it_is_sent_to(url: str) -> None:
+    second = url + "2"
+    code, said = followed(url, [one := Redirecting(url, second), two := Redirecting(second)])
+    assert code == EXIT_REFUSED
+    assert said[0] == f"sent on to {second}: go"
+    assert (one.heard[0], two.heard[0]) == ("Hello", "Hello")
+    assert one.to == []
+
+
+def test_a_host_does_not_go_round_in_circles(url: str) -> None:
+    """Three times in a row, then it waits, and begins anew where it was told to."""
+    second = url + "2"
+    learners = [Redirecting(url, second, second), Redirecting(second, url, url)]
+    started = time.monotonic()
+    code, said = followed(url, learners)
+    assert code == EXIT_REFUSED
+    assert said[:4] == [f"sent on to {place}: go" for place in (second, url, second, url)]
+    assert said[4] == f"does not go to {url} (1 such so far): it was sent on {MOST_HOPS} times in a row"
+    assert time.monotonic() - started >= FIRST_DELAY
+
+
+def test_a_host_returns_from_where_nobody_answers(url: str) -> None:
+    nowhere = url + "2"
+    code, said = followed(url, [Redirecting(url, nowhere)], patience_away=0.5)
+    assert code == EXIT_REFUSED
+    assert said[:2] == [f"sent on to {nowhere}: go", f"nobody answers at {nowhere}"]
+    assert "full" in said[2]
+
+
+def test_a_host_does_not_go_to_other_machines_because_a_learner_says_so(url: str) -> None:
+    far = "tcp://192.0.2.1:5555"
+    code, said = followed(url, [Redirecting(url, far, "nonsense")])
+    assert code == EXIT_REFUSED
+    assert said[1].startswith(f"does not go to {far} (1 such so far): it is not on this machine; that needs --keys DIR")
+    assert said[3].startswith("does not go to nonsense (2 such so far): nonsense: expected ipc:///PATH or tcp://")
+
+
+@pytest.mark.parametrize(
+    ("url", "first", "keys", "insecure", "followed"),
+    [
+        ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5555", False, False, True),
+        ("ipc:///run/l", "tcp://[::1]:5555", True, False, True),
+        ("tcp://10.0.0.2:5555", "tcp://127.0.0.1:5555", False, False, False),
+        ("tcp://gpu02:5555", "tcp://gpu01:5555", True, False, True),
+        ("tcp://gpu02:5555", "tcp://gpu01:5555", False, True, True),
+        ("tcp://localhost:5555", "tcp://gpu01:5555", True, True, False),
+        ("ipc:///run/l", "tcp://gpu01:5555", True, True, False),
+        ("http://gpu02:5555", "tcp://gpu01:5555", True, True, False),
+        ("", "tcp://gpu01:5555", True, True, False),
+    ],
+)
+def test_which_redirects_are_followed(url: str, first: str, keys: bool, insecure: bool, followed: bool) -> None:
+    assert (why_not_followed(url, first, keys=keys, insecure=insecure) == "") == followed
+
+
+class Leaving(Redirecting):
+    """Welcomes a host once, and is gone: its address is empty from then on."""
+
+    def _answer(self, peer: bytes, message: m.Message) -> None:
+        self.heard.append(type(message).__name__)
+        if isinstance(message, m.Hello):
+            z.send(self._router, peer, encode(welcome(message)))
+        elif isinstance(message, m.Fetch):
+            self.heard.append("Reject")  # the last word
+
+
+def test_a_host_looks_first_for_the_learner_that_welcomed_it(url: str) -> None:
+    second = url + "2"
+    code, said = followed(url, [Redirecting(url, second), Leaving(second)], patience_away=3.0)
+    assert code == EXIT_REFUSED
+    assert said[0] == f"sent on to {second}: go"
+    assert said[1] == "the connection to the learner broke"
+    assert said[2] == f"nobody answers at {second}"
+    assert "full" in said[3]

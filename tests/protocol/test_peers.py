@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -315,3 +316,54 @@ def test_a_stall_of_the_learner_is_not_held_against_a_child() -> None:
     for now in (10.0, 11.0, 12.0, 13.0):
         peers.tick(now)
     assert peers.receive(b"h", beat, 13.5, lambda _: (0, 1)) != []
+
+
+def test_a_newcomer_is_sent_on_and_nothing_is_kept_of_it() -> None:
+    asked: list[tuple[str, dict[str, int], float]] = []
+
+    def redirect(newcomer: m.Hello, here: Mapping[str, int], now: float) -> str:
+        asked.append((newcomer.name, dict(here), now))
+        return "tcp://b:1" if here else ""
+
+    peers = Peers(WELCOME, boot_id="boot", redirect=redirect)
+    assert isinstance(welcomed(peers.receive(b"h", HELLO_HOST, 0.0)), m.Welcome)
+    right = hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99)
+    assert peers.receive(b"o", right, 1.0) == [
+        Send(b"o", m.Reject(RUN, OTHER, "redirect", "another learner has fewer workers", True, "tcp://b:1"))
+    ]
+    assert asked == [("left", {}, 0.0), ("right", {"left": 4}, 1.0)]
+    assert peers.counters == {"rejected: redirect": 1}
+    assert list(peers.hosts) == [HOST]
+
+
+def test_who_was_here_before_is_not_sent_on_nor_who_starts_over() -> None:
+    places = ["", "tcp://b:1"]
+    peers = Peers(WELCOME, boot_id="boot", redirect=lambda *_: places.pop(0))
+    peers.receive(b"h", HELLO_HOST, 0.0)
+    again = peers.receive(b"h2", hello(HELLO_HOST, incarnation=OTHER), 1.0)  # the same process
+    assert isinstance(welcomed(again[-1:]), m.Welcome)
+    peers.receive(b"h2", m.Bye(RUN, OTHER), 2.0)
+    assert isinstance(welcomed(peers.receive(b"h3", hello(HELLO_HOST, pid=12), 3.0)), m.Welcome)
+    assert places == ["tcp://b:1"]
+
+
+def test_the_own_host_and_workers_are_never_sent_on() -> None:
+    peers = Peers(WELCOME, boot_id="boot", redirect=lambda *_: "tcp://b:1")
+    assert isinstance(welcomed(peers.receive(OWN, HELLO_HOST, 0.0)), m.Welcome)
+    assert isinstance(welcomed(peers.receive(b"w", HELLO_WORKER, 0.0)), m.Welcome)
+
+
+def welcomed(commands: Sequence[object]) -> m.Message:
+    (send,) = commands
+    assert isinstance(send, Send)
+    return send.message
+
+
+def test_learners_of_one_run_give_out_indices_of_their_own() -> None:
+    peers = Peers(WELCOME, boot_id="boot", indices=range(1000, 1006))
+    assert welcomed(peers.receive(b"h", HELLO_HOST, 0.0)) == dataclasses.replace(
+        WELCOME, incarnation=HOST, index_base=1000
+    )
+    more = hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99)
+    assert rejection(list(peers.receive(b"o", more, 0.0))) == ("full", False)
+    assert isinstance(welcomed(peers.receive(b"o", dataclasses.replace(more, count=2), 0.0)), m.Welcome)

@@ -415,3 +415,26 @@ def test_what_inline_gave_up_is_counted() -> None:
         next(it)
         f = it.stats()["fragments"]
     assert f == {"granted": 8, "committed": 7, "consumed": 6, "dropped": 1, "lost": 1, "in_flight": 0}
+
+
+def test_waiting_in_slices_gives_the_same_batches() -> None:
+    """And publishes once for each, however often it was asked."""
+    found = []
+    for timeout in (None, 0.0, 0.01):
+        actor = actor_of("mlp")
+        with multi.rollout(drawing, actor, T, 1, B, 2, 1, entropy=11, max_lag=0) as rollout:
+            assert isinstance(rollout, PipelineRollout)
+            assert rollout.hosts() == {"learner": 1}
+            some = []
+            for _ in range(3):
+                batch = next(rollout) if timeout is None else None
+                while batch is None:
+                    assert timeout is not None
+                    batch = rollout.next_within(timeout)
+                some.append(batch.clone())
+                nudge(actor)
+            found.append(some)
+    for other in found[1:]:
+        assert [batch.version for batch in other] == [1, 2, 3]
+        for one, two in zip(found[0], other, strict=True):
+            same_numbers(one, two)

@@ -35,10 +35,10 @@ KEYS = {
         ],
     ),
     "bench_remote.py": (
-        ["--seconds", "0.05", "--rounds", "1"],
+        ["--seconds", "0.05", "--rounds", "1", "--parts", "pyzmq", "cartpole"],
         [
             *("tcp_over_pyzmq", "tcp_over_pyzmq_1mib", "tcp_over_pyzmq_4mib", "tcp_mib_per_s_4mib"),
-            *("remote_over_local_cartpole", "remote_over_local_pong"),
+            "remote_over_local_cartpole",
         ],
     ),
     "bench_recovery.py": (
@@ -94,6 +94,7 @@ KEYS = {
 }
 TOOLS = {"make_states.py", "run_notebook.py"}  # tests/docs
 EXAMPLE = "example_seed_a2c.py"
+DISTRIBUTED = "ddp_loop.py"
 #: What needs packages of extras: these, and short words.
 REAL = {
     "bench_atari.py": (("ale_py", "cv2"), ["--steps", "20", "--rounds", "1"]),
@@ -103,9 +104,9 @@ REAL = {
 }
 
 
-def run(name: str, words: list[str]) -> str:
+def run(name: str, words: list[str], *before: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / name), *words],
+        [sys.executable, *before, str(SCRIPTS / name), *words],
         capture_output=True,
         text=True,
         timeout=50,
@@ -116,7 +117,7 @@ def run(name: str, words: list[str]) -> str:
 
 
 def test_all_scripts_are_known() -> None:
-    assert {p.name for p in SCRIPTS.glob("*.py")} == {*KEYS, *TOOLS, EXAMPLE, *REAL}
+    assert {p.name for p in SCRIPTS.glob("*.py")} == {*KEYS, *TOOLS, EXAMPLE, DISTRIBUTED, *REAL}
 
 
 @pytest.mark.parametrize("name", KEYS)
@@ -143,6 +144,13 @@ def test_the_example_learns() -> None:
 
 def test_the_recurrent_example_runs() -> None:
     assert len(greedy_returns(["--epochs", "1", "--lstm"])) == 1
+
+
+def test_the_distributed_example_keeps_the_weights_of_all_the_same() -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    out = run(DISTRIBUTED, ["--updates", "5"], *torchrun)
+    assert "update     5: mean return" in out
+    assert "weights of 2 processes: the same" in out
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -44,6 +44,24 @@ def another(observation_space, action_space):
 
     width = 8 if "ZRL_TEST_LEARNER" in os.environ else 9
     return MLPActor(observation_space, action_space, hidden=(width,))
+
+
+class Recorded(MLPActor):
+    # writes down, wherever a learner trains it, the checksum of its parameters
+    def __init__(self, observation_space, action_space):
+        super().__init__(observation_space, action_space, hidden=(8,))
+
+    def forward(self, obs, act, rew, fin, *, hx=None):
+        import os
+        import zlib
+
+        import torch
+
+        if "RANK" in os.environ and torch.is_grad_enabled():
+            crc = zlib.crc32(b"".join(p.detach().numpy().tobytes() for p in self.parameters()))
+            with open(f"weights-{os.environ['RANK']}", "a") as f:
+                print(crc, file=f)
+        return super().forward(obs, act, rew, fin, hx=hx)
 """
 
 

@@ -58,6 +58,25 @@ def _workers(there: int, expected: int) -> str:
     return f"{there} of {expected} workers are there" + ("" if there < expected else ": training begins")
 
 
+class Quiet:
+    """Nothing: another learner of the same run shows it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    def start(self, start: Start) -> None:
+        pass
+
+    def update(self, status: Status) -> None:
+        pass
+
+    def worker(self, there: int, expected: int) -> None:
+        pass
+
+
 class _Lines:
     """Plain lines, one every few seconds."""
 

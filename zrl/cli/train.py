@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import click
 from zrl.cli.failures import EXIT_FAILED, EXIT_USAGE, Failure, failures, usage
 from zrl.cli.keys import keys_option
 from zrl.cli.options import config_options, settings_of
-from zrl.cli.progress import reporter
+from zrl.cli.progress import Quiet, reporter
 from zrl.config import TrainConfig
 from zrl.errors import ConfigError
 from zrl.train.allowed import foreign_modules
 from zrl.train.listen import Listen
+from zrl.train.ranks import rank_in
 from zrl.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ def learner_command(bind: str, keys: Path | None, expect_workers: int, insecure:
     """Train an actor in ENV with the workers that `zrl worker` processes bring; prints how to start them.
 
     --workers says how many are expected. Settings come from where those of `zrl train` do.
+
+    Several learners, one a GPU, train as one: torchrun --nproc-per-node=2 -m zrl learner ENV. Workers are started with
+    the address of the first, and spread out over all.
     """
     _train(words, Listen(bind, keys, insecure, expect_workers))
 
@@ -76,25 +81,35 @@ def learner_command(bind: str, keys: Path | None, expect_workers: int, insecure:
 def _train(words: dict[str, Any], listen: Listen | None = None) -> None:
     resume, require_goal = words.pop("resume"), words.pop("require_goal")
     with usage():
-        resumed = None if resume is None else RunFolder.open(resume)
+        rank = rank_in(os.environ)
+        if rank is not None and listen is None:
+            raise ConfigError(
+                f"WORLD_SIZE={rank.size} says that there are several learners: zrl train is one process with its "
+                "workers; use torchrun -m zrl learner with zrl worker, or unset WORLD_SIZE"
+            )
+        leads = rank is None or rank.leads  # whose config and run folder count
+        resumed = None if resume is None or not leads else RunFolder.open(resume)
         config = settings_of(words, words.pop("sets"), words.pop("file"), resumed)
         if listen is not None and not config.workers:
             raise ConfigError("--workers: expected how many workers make a batch, at least 1, not 0")
-    if require_goal and config.stop_at_return is None:
+    if require_goal and leads and config.stop_at_return is None:
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
+    if rank is not None:  # before torch is imported: it warns of what is meant to be, on standard error
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with failures() as signals:
         from zrl.train.loop import train
 
-        with reporter() as report:
+        with reporter() if leads else Quiet() as report:
 
             def on_start(start: Start) -> None:
                 report.start(start)
-                if listen is not None:
+                if listen is not None and leads:
                     _print_how_to_connect(start, listen.keys)
 
-            result = train(config, on_start, report.update, signals, listen, resumed, report.worker)
-        _print_result(result)
-        if config.eval_episodes and not result.outcome.startswith("SIG"):
+            result = train(config, on_start, report.update, signals, listen, resumed, report.worker, rank)
+        if leads:
+            _print_result(result)
+        if leads and config.eval_episodes and not result.outcome.startswith("SIG"):
             with signals.interruptible():
                 _print_evaluation(result.run, config)
     if result.outcome.startswith("SIG"):
@@ -102,7 +117,7 @@ def _train(words: dict[str, Any], listen: Listen | None = None) -> None:
             verb = "train" if listen is None else "learner"
             click.echo(f"go on with: zrl {verb} --resume {shlex.quote(str(result.run.path))}")
         raise SystemExit(128 + signal.Signals[result.outcome])
-    if require_goal and result.outcome != "goal":
+    if require_goal and leads and result.outcome != "goal":
         raise Failure(f"the goal, a mean return of {config.stop_at_return:g}, was not reached", EXIT_FAILED)
 
 
@@ -111,7 +126,8 @@ def _print_how_to_connect(start: Start, keys: Path | None) -> None:
     words = [f"--import {module}" for module in foreign_modules(config.env, config.actor)]
     if config.env_kwargs:
         words.append(f"--env-kwargs {shlex.quote(json.dumps(dict(config.env_kwargs)))}")
-    click.echo("start workers with:")
+    several = f", once or more for each of the {start.n_learners} learners" if start.n_learners > 1 else ""
+    click.echo(f"start workers with{several}:")
     for url in getattr(start.rollout, "urls", []):
         with_keys = ["--keys DIR"] if keys is not None and url.startswith("tcp://") else []
         click.echo("  " + " ".join(["zrl worker --connect", url, *words, *with_keys, f"--count {config.workers}"]))

@@ -94,6 +94,7 @@ def worker_command(
         keys=pair,
         shm=not no_shm,
         drain_timeout=drain_timeout,
+        insecure=insecure,
     )
     try:
         code = supervise(options, click.echo)

@@ -48,6 +48,7 @@ from zrl.protocol import messages as m
 from zrl.protocol import peers as p
 from zrl.protocol import schedule as s
 from zrl.protocol.peer_states import State
+from zrl.protocol.redirect import Redirect
 from zrl.protocol.slots import Slot as SlotState
 from zrl.protocol.slots import SlotTable, Unmap
 
@@ -78,6 +79,7 @@ class Plan:
         insecure: whether other machines may connect without keys.
         starve_timeout: seconds with too few slots for a batch, after which the run ends.
         max_fragment_bytes: a larger fragment is refused.
+        indices, redirect: as for `zrl.protocol.peers.Peers`.
     """
 
     n_steps: int
@@ -98,6 +100,8 @@ class Plan:
     insecure: bool = False
     starve_timeout: float = 60.0
     max_fragment_bytes: int = MAX_FRAGMENT_BYTES
+    indices: range = range(1 << 16)
+    redirect: Redirect | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,10 @@ class Collator:
         """What the topic of this name says; of the last moment, where the collator has ended."""
         return self._asked(self._status, timeout)
 
+    def hosts(self, timeout: float = 5.0) -> dict[str, int]:
+        """The hosts that are here: how many workers each keeps, by name."""
+        return self._asked(lambda: {host.name: host.count for host in self.peers.hosts.values()}, timeout)
+
     def _asked(self, figures: Callable[[], dict[str, Any]], timeout: float) -> dict[str, Any]:
         """What `figures` says on the loop's thread; empty where that does not answer in time."""
         answer: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
@@ -284,7 +292,13 @@ class Collator:
         opened.callback(self._rings.close)
         welcome = self._welcome()
         encode(welcome)  # a name that is too long is an error now
-        self.peers = p.Peers(welcome, boot_id=boot_id(), slots_of=self.plan.slots_of)
+        self.peers = p.Peers(
+            welcome,
+            boot_id=boot_id(),
+            slots_of=self.plan.slots_of,
+            indices=self.plan.indices,
+            redirect=self.plan.redirect,
+        )
         admit = None if self._gate is None else self._gate.admit
         self._endpoint = Endpoint(self._router, self._loop, self._on_message, admit=admit)
         opened.callback(self._endpoint.close)

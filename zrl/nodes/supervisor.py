@@ -10,6 +10,9 @@ Its life is a sequence of runs. Of each:
 
 SIGTERM: the workers finish what they have in hand, and leave, then this process does. SIGINT: at once.
 
+The learner may be one of several, and send a newcomer to another. There it stays: after a cut it looks for that learner
+first, and for the one whose address it was given when nobody answers there for long.
+
 What ends a run: Drain (then this process ends too), a broken connection, HelloAgain, or a learner that has been silent
 for too long. Then all workers are killed, for their slots are no longer anybody's, and everything begins anew with a
 Hello: the same learner after a cut, or another one at the same address.
@@ -23,6 +26,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import shutil
 import signal
 import time
@@ -35,7 +39,7 @@ import numpy as np
 import uvloop
 
 from zrl.data.board import Board, crc32
-from zrl.errors import ProtocolError, WorkerError, ZrlError
+from zrl.errors import ConfigError, ProtocolError, WorkerError, ZrlError
 from zrl.net.addresses import check_connect, is_loopback, pub_url, run_directory
 from zrl.net.codec import TOPIC_STATUS, TOPIC_WEIGHTS, decode, decode_weights, encode
 from zrl.net.endpoint import Endpoint
@@ -46,12 +50,14 @@ from zrl.nodes.host import TICK, Host, Patience, RunInfo
 from zrl.nodes.limits import raise_descriptor_limit
 from zrl.nodes.logs import Logs
 from zrl.protocol import messages as m
+from zrl.protocol.redirect import PATIENCE
 
 MAX_WEIGHTS_NBYTES = 1 << 36
 ANSWER_TIMEOUT = 60.0  # seconds for Weights after Fetch: they may be large, and the way slow
 FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
 GRACE = 5.0  # seconds for the workers' end
 BYE_TIMEOUT = 2.0
+MOST_HOPS = 3  # redirects in a row that are followed
 SETTLE = 0.1  # seconds between the end of the connection and the look at what came before it on others
 EXIT_DONE, EXIT_FAILED, EXIT_LEARNER_LOST, EXIT_BUDGET_SPENT, EXIT_REFUSED = 0, 1, 3, 4, 5
 
@@ -73,6 +79,8 @@ class SupervisorOptions:
         drain_timeout: seconds after SIGTERM in which the workers may finish their fragments.
         shm: whether a learner on this machine may read the workers' memory; without, all is as if it were on another.
         keys: of this host; its workers read them from the same files.
+        insecure: whether a learner may send this host to other machines without keys.
+        patience_away: seconds without an answer after which it returns from where it was sent to.
     """
 
     url: str
@@ -89,6 +97,8 @@ class SupervisorOptions:
     keys: HostKeys | None = None
     shm: bool = True
     drain_timeout: float = 20.0
+    insecure: bool = False
+    patience_away: float = PATIENCE
 
 
 class _Over(Exception):
@@ -97,6 +107,27 @@ class _Over(Exception):
     def __init__(self, why: str, code: int | None = None) -> None:
         super().__init__(why)
         self.code = code
+
+
+class _Elsewhere(_Over):
+    """This host is to go on at `url`; "": at the address that it was given."""
+
+    def __init__(self, why: str, url: str) -> None:
+        super().__init__(why)
+        self.url = url
+
+
+def why_not_followed(url: str, first: str, *, keys: bool, insecure: bool) -> str:
+    """Why a host that was given the address `first` does not go on at `url`, which a learner sends it to; "" if it
+    does: where the learner must have the key that this host knows; on this machine, where `first` is; or anywhere, if
+    whoever started it does not mind."""
+    try:
+        check_connect(url)
+    except ConfigError as error:
+        return str(error)
+    if is_loopback(url):
+        return "" if is_loopback(first) else f"it is on this machine, and {first} is not"
+    return "" if keys or insecure else "it is not on this machine; that needs --keys DIR, or --insecure to go without"
 
 
 def supervise(options: SupervisorOptions, say: Callable[[str], None] = lambda text: None) -> int:
@@ -143,8 +174,10 @@ class _Supervisor:
         keep_log: Callable[[Path], Path],
     ) -> None:
         self._o, self._zygote, self._say, self._keep_log = options, zygote, say, keep_log
-        near = options.shm and is_loopback(options.url)
-        self._silence = options.silence or (5.0 if near else 15.0)
+        self._url = options.url  # where this host belongs, or was sent to
+        self._home_at = math.inf  # when to return from there, unless somebody answers
+        self._hops = 0  # since it was welcomed last
+        self._not_followed = 0
         self._run: _Run | None = None
         self._last: _Over | None = None  # why the process is to end
         self._wake = asyncio.Event()
@@ -179,7 +212,9 @@ class _Supervisor:
         while True:
             context = make_context()
             try:
-                self._run = run = _Run(self._o, host, context, self._silence, self._say)
+                away = self._url != self._o.url
+                at = dataclasses.replace(self._o, url=self._url)
+                self._run = run = _Run(at, host, context, self._say, self._home_at if away else math.inf)
                 give_up = None if self._o.give_up_after is None else seen + self._o.give_up_after
                 try:
                     await run.live(give_up)
@@ -187,19 +222,42 @@ class _Supervisor:
                     self._say(f"{over}")
                     if over.code is not None:
                         self._last = self._last or over
+                    self._home_at = run.home_at
                     if run.welcomed:
                         delay, seen = FIRST_DELAY, time.monotonic()
+                        self._hops, self._home_at = 0, seen + self._o.patience_away
+                    if isinstance(over, _Elsewhere):
+                        moved = self._go_to(over.url)
+                    else:
+                        moved = away and time.monotonic() >= self._home_at and self._go_to("")
                 finally:
                     await run.end()
             finally:
                 self._run = None
                 context.term()
-            if self._last is None:
+            if self._last is None and not moved:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), delay)
             if self._last is not None:
                 return self._last.code or EXIT_DONE
-            delay = min(2 * delay, MOST_DELAY)
+            delay = delay if moved else min(2 * delay, MOST_DELAY)
+
+    def _go_to(self, url: str) -> bool:
+        """Whether to go on there at once."""
+        why = (
+            why_not_followed(url, self._o.url, keys=self._o.keys is not None, insecure=self._o.insecure) if url else ""
+        )
+        if not why and self._hops >= MOST_HOPS:
+            why = f"it was sent on {MOST_HOPS} times in a row"
+        if why:
+            self._not_followed += 1
+            self._say(f"does not go to {m.printable(url)} ({self._not_followed} such so far): {why}")
+        if why or not url:
+            self._url, self._hops = self._o.url, 0
+            return not why
+        self._url, self._hops = url, self._hops + 1
+        self._home_at = time.monotonic() + self._o.patience_away
+        return True
 
     def _tell(self, message: m.Message) -> None:
         if self._run is not None:
@@ -238,9 +296,11 @@ class _Run:
     """One connection to one learner."""
 
     def __init__(
-        self, o: SupervisorOptions, host: Host, context: Context, silence: float, say: Callable[[str], None]
+        self, o: SupervisorOptions, host: Host, context: Context, say: Callable[[str], None], home_at: float
     ) -> None:
-        self._o, self._host, self._context, self._silence, self._say = o, host, context, silence, say
+        self._o, self._host, self._context, self._say = o, host, context, say
+        self.home_at = home_at  # when this address is given up, unless somebody answers
+        self._silence = o.silence or (5.0 if o.shm and is_loopback(o.url) else 15.0)
         self._loop = asyncio.get_running_loop()
         self._end: asyncio.Future[None] = self._loop.create_future()
         self._answers: asyncio.Queue[m.Message] = asyncio.Queue()
@@ -378,11 +438,17 @@ class _Run:
             try:
                 answer = await asyncio.wait_for(self._answer(m.Welcome, m.Reject), 1.0)
             except TimeoutError:
+                if time.monotonic() >= self.home_at:
+                    raise _Elsewhere(f"nobody answers at {self._o.url}", "") from None
                 continue
+            if self.home_at < math.inf:
+                self.home_at = time.monotonic() + self._o.patience_away
             if isinstance(answer, m.Welcome):
                 self._welcome = answer
                 return answer
             assert isinstance(answer, m.Reject)
+            if answer.code == "redirect":
+                raise _Elsewhere(f"sent on to {m.printable(answer.url)}: {m.printable(answer.text)}", answer.url)
             text = f"the learner refuses this host ({answer.code}): {m.printable(answer.text)}"
             if answer.code == "draining" and answer.run_id == self._host.run_id:
                 raise _Over("the run is over", EXIT_DONE)  # the one that this host was in until its connection broke

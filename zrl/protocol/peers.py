@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from zrl.protocol import messages as m
 from zrl.protocol.peer_states import HOST_TRANSITIONS, WORKER_TRANSITIONS, Event, State
+from zrl.protocol.redirect import Redirect
 
 OWN = b""  # routing id of the learner's own host
 FETCH_SECONDS = 0.5  # between two answers to a host's Fetch
@@ -145,6 +146,9 @@ class Peers:
         local_silence: seconds after which a silent local host is lost.
         remote_silence: seconds, for the others.
         most_hosts: names of hosts that are remembered, and so hosts; more are refused.
+        indices: that workers may have. Learners of one run share a seed and have disjoint ones, so that no two
+            environments of theirs begin alike.
+        redirect: whether a new host is to go to another learner; None: all stay.
 
     Attributes:
         welcome: replace it when the weights' version has changed.
@@ -160,6 +164,8 @@ class Peers:
         remote_silence: float = 15.0,
         most_hosts: int = 1024,
         slots_of: Callable[[int], int] | None = None,
+        indices: range = range(1 << 16),
+        redirect: Redirect | None = None,
     ) -> None:
         self.welcome = welcome
         self._slots_of = slots_of
@@ -173,7 +179,8 @@ class Peers:
         self._peers: dict[bytes, Host | Worker] = {}  # by routing id
         self._bases: dict[str, tuple[int, int]] = {}  # name -> (index base, count), for the whole run
         self._fetched: dict[str, float] = {}  # name -> when it was last sent weights
-        self._next_base = 0
+        self._next_base, self._end_of_indices = indices.start, indices.stop
+        self._redirect = redirect
         self._last_tick: float | None = None
 
     @property
@@ -227,6 +234,8 @@ class Peers:
             if (twin.pid, twin.boot_id) != (hello.pid, hello.boot_id) or twin.peer == OWN:
                 return self._reject(peer, hello, "name_taken", f"a host {hello.name!r} is alive", retry=True)
             commands = self._lose_host(twin, "started over")  # the same process: its old connection is no more
+        elif url := self._elsewhere(peer, hello, now):
+            return self._reject(peer, hello, "redirect", "another learner has fewer workers", retry=True, url=url)
         base = self._base_of(hello.name, hello.count)
         if base is None:
             return [*commands, *self._reject(peer, hello, "full", "no room for more workers")]
@@ -238,6 +247,12 @@ class Peers:
         self._step(host, Event.HELLO)
         self._peers[peer] = self.hosts[host.incarnation] = host
         return [*commands, self._welcome(host)]
+
+    def _elsewhere(self, peer: bytes, hello: m.Hello, now: float) -> str:
+        """Where this newcomer is to go instead; "": nowhere. Who was here before has its indices here."""
+        if self._redirect is None or peer == OWN or hello.name in self._bases:
+            return ""
+        return self._redirect(hello, {host.name: host.count for host in self.hosts.values()}, now)
 
     def _hello_worker(self, peer: bytes, hello: m.Hello, now: float) -> list[Command]:
         host = self.hosts.get(hello.host)
@@ -398,9 +413,11 @@ class Peers:
         n_slots = self._slots_of(peer.index) if self._slots_of and isinstance(peer, Worker) else w.n_slots
         return Send(peer.peer, dataclasses.replace(w, incarnation=peer.incarnation, index_base=base, n_slots=n_slots))
 
-    def _reject(self, peer: bytes, to: m.Message, code: str, text: str, *, retry: bool = False) -> list[Command]:
+    def _reject(
+        self, peer: bytes, to: m.Message, code: str, text: str, *, retry: bool = False, url: str = ""
+    ) -> list[Command]:
         self.counters[f"rejected: {code}"] += 1
-        return [Send(peer, m.Reject(self.run_id, to.incarnation, code, text, retry, ""))]
+        return [Send(peer, m.Reject(self.run_id, to.incarnation, code, text, retry, url))]
 
     def _ignore(self, reason: str) -> list[Command]:
         self.counters[reason] += 1
@@ -414,7 +431,7 @@ class Peers:
         base, reserved = self._bases.get(name, (0, -1))
         if count <= reserved:
             return base
-        if count < 1 or len(self._bases) >= self._most_hosts or self._next_base + count > 1 << 16:
+        if count < 1 or len(self._bases) >= self._most_hosts or self._next_base + count > self._end_of_indices:
             return None
         base, self._next_base = self._next_base, self._next_base + count
         self._bases[name] = (base, count)

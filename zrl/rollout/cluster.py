@@ -15,6 +15,7 @@ from zrl.errors import ConfigError
 from zrl.net.keys import learner_keys
 from zrl.nodes.collator import Collator, Plan
 from zrl.nodes.publisher import Publisher
+from zrl.protocol.redirect import Redirect
 from zrl.rollout.interrupts import Uninterrupted
 from zrl.rollout.local import WorkerMode, check_count, check_run
 from zrl.rollout.pipeline import CLOSE_TIMEOUT, PipelineRollout
@@ -47,6 +48,8 @@ def rollout(
     debug: bool = False,
     starve_timeout: float = 60.0,
     first_version: int = 1,
+    indices: range = range(1 << 16),
+    redirect: Redirect | None = None,
 ) -> PipelineRollout:
     """Collect fragments from the workers of every host that connects, without end.
 
@@ -69,6 +72,9 @@ def rollout(
         info_keys: names of keys of the step's info.
         debug: refuse batches past their time, see `zrl.StaleBatchError`.
         starve_timeout: seconds with too few workers, after some were there. For the first one it waits for ever.
+        indices: that its workers may have. Several learners with the same `entropy` and disjoint indices have no two
+            environments with one seed.
+        redirect: sends new hosts to other learners, see `zrl.protocol.redirect`.
 
     Raises:
         ConfigError: an argument makes no sense, or an address cannot be bound, or a key file cannot be used.
@@ -113,6 +119,8 @@ def rollout(
         keys=None if keys is None else learner_keys(Path(keys)),
         insecure=insecure,
         starve_timeout=starve_timeout,
+        indices=indices,
+        redirect=redirect,
     )
     with Uninterrupted():
         publisher = Publisher(actor, run_id=os.urandom(16), version=first_version)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -52,6 +53,8 @@ class PipelineRollout:
         self._publish_due = False  # a batch was yielded since; a call that was interrupted is not followed by another
         self._why_closed = ""
         self._requested = False  # a batch is wanted and was not taken yet
+        self._wanted_since: float | None = None  # by a `next_within` that has not had it yet
+        self._complain_at = 0.0
         self._publishing = threading.Lock()
         self._pid = os.getpid()
         self._closer = weakref.finalize(self, _close, collator, publisher, self._pid)  # also at interpreter exit
@@ -79,11 +82,23 @@ class PipelineRollout:
             StarvationError: too few workers are left, for too long.
             ClosedError: it was closed before.
         """
+        self._wanted_since = None
+        batch = self.next_within(math.inf)
+        assert batch is not None
+        return batch
+
+    def next_within(self, timeout: float) -> Batch | None:
+        """`next`, for at most `timeout` seconds: None, if there is no batch by then. What was published by then stays
+        published, and the next call goes on with the same wait.
+
+        Raises:
+            as `next`.
+        """
         self._check_open()
         self._learner.clock.enter("wait")
         try:
             with torch.inference_mode(False):  # the user may be inside of it
-                return self._next()
+                return self._next(timeout)
         except ClosedError:
             self._check_open()
             raise
@@ -94,7 +109,11 @@ class PipelineRollout:
         finally:
             self._learner.clock.enter("train")
 
-    def _next(self) -> Batch:
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """What is done in it counts as waiting for a batch, in `stats` and in the verdict."""
+        return self._learner.clock.during("wait")
+
+    def _next(self, timeout: float) -> Batch | None:
         if self._publish_due and self._auto_publish:
             self._learner.clock.enter("publish")
             with Uninterrupted():
@@ -102,15 +121,19 @@ class PipelineRollout:
                 self._publish_due = False
             self._learner.clock.enter("wait")
         started = time.monotonic()
-        complain_at = started + FIRST_COMPLAINT
+        if self._wanted_since is None:
+            self._wanted_since, self._complain_at = started, started + FIRST_COMPLAINT
         while (batch := self._commit()) is None:
             now = time.monotonic()
-            if now < complain_at:
-                self._collator.feed.wait(complain_at - now)
+            if now >= started + timeout:
+                return None
+            if now < self._complain_at:
+                self._collator.feed.wait(min(self._complain_at, started + timeout) - now)
                 continue
-            complain_at = now + NEXT_COMPLAINTS
+            self._complain_at = now + NEXT_COMPLAINTS
             why = self._collator.stats().get("waiting_for", "the collator does not answer")
-            logger.warning("starved: no batch for %.0f s: %s", now - started, why)
+            logger.warning("starved: no batch for %.0f s: %s", now - self._wanted_since, why)
+        self._wanted_since = None
         return self._aging(batch) if self._aging is not None else batch
 
     def _commit(self) -> Batch | None:
@@ -191,6 +214,10 @@ class PipelineRollout:
 
     def _announce(self, version: int) -> None:
         self._collator.slots.newest = version
+
+    def hosts(self) -> dict[str, int]:
+        """The hosts that are connected, the learner's own included: how many workers each keeps, by name."""
+        return self._collator.hosts()
 
     def stats(self) -> dict[str, Any]:
         """Where everything is, and what happened so far.

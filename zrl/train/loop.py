@@ -28,12 +28,16 @@ from zrl.train.events import Events
 from zrl.train.listen import Listen
 from zrl.train.named import EnvFactory
 from zrl.train.plot import plot_return
+from zrl.train.ranks import Rank
 from zrl.train.rng import random_states, set_random_states
 from zrl.train.rollouts import Rollout, make_rollout
 from zrl.train.run_folder import RunFolder
-from zrl.train.setup import make_actor, make_optimizer, make_update
+from zrl.train.setup import DivergedError, Losses, make_actor, make_optimizer, make_update, n_optimizer_steps
 from zrl.train.status import Progress, Status
 from zrl.train.stop import Stopped, StopSignals
+from zrl.train.team import LOOK, Team, TeamError, Vote
+
+__all__ = ["DivergedError", "Result", "Start", "seed_everything", "train"]
 
 STATUS_SECONDS = 1.0  # between two writings of status.json
 LAST_EVALUATION_SECONDS = 60.0  # that the end of a run waits for the evaluation under way
@@ -48,6 +52,7 @@ class Start:
         rollout: where its batches come from.
         resumed: the checkpoint that it goes on from, if it does; `skipped`: why newer ones could not be read.
         step: environment steps taken before.
+        n_learners: how many share the run.
     """
 
     config: TrainConfig
@@ -56,6 +61,7 @@ class Start:
     resumed: Path | None = None
     skipped: tuple[str, ...] = ()
     step: int = 0
+    n_learners: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +76,6 @@ class Result:
     plot_problem: str = ""
 
 
-class DivergedError(ZrlError):
-    """The loss is not finite: the weights are of no use any more."""
-
-
 def train(
     config: TrainConfig,
     on_start: Callable[[Start], None] = lambda start: None,
@@ -82,8 +84,12 @@ def train(
     listen: Listen | None = None,
     resume: RunFolder | None = None,
     on_worker: Callable[[int, int], None] = lambda there, expected: None,
+    rank: Rank | None = None,
 ) -> Result:
     """Train until the goal, the last step, or SIGINT or SIGTERM.
+
+    Several learners share a run, its steps and its end: `zrl.train.team`. The first of them alone writes the run
+    folder, and what it says of episodes is of its own; its config and `resume` count for all.
 
     A checkpoint is saved however it ends, unless there was no update or the loss was not finite. Torch's number of
     threads and the global random seeds are set for the process.
@@ -96,30 +102,57 @@ def train(
         listen: where workers of other hosts connect to; None: workers of our own.
         on_worker: called while `listen` expects workers, with how many are there and how many are expected.
         resume: the run to go on with, from its newest checkpoint that can be read; None: a new one.
+        rank: which of several learners this is, all of which must `listen`; None: the only one.
 
     Raises:
         PreflightError: environment, actor, device, folder or checkpoint were refused before the first step.
         WorkerError, StarvationError: too few workers are left.
-        ZrlError: collecting or saving failed later.
+        ZrlError: collecting or saving failed later, or another learner did.
         Stopped: a signal came before the first step.
     """
     config = config.resolved(secrets.randbits(31))
     torch.set_num_threads(config.threads)
     with contextlib.ExitStack() as opened:
         signals = opened.enter_context(StopSignals()) if signals is None else signals
+        if rank is None:
+            return _trained(config, on_start, on_update, signals, listen, resume, on_worker, None, opened)
         try:
-            start = _started(config, signals, listen, resume, opened)
+            with signals.interruptible():
+                team = Team(rank, config.device, signals.check)
         except ZrlError as e:
             raise PreflightError(str(e)) from e
-        on_start(start.told)
-        try:
-            if listen is not None and listen.expect:
-                start.wait_for_workers(listen.expect, on_worker)
-            return start.train(on_update)
-        except WorkerError as e:
-            if e.at_start:
-                raise PreflightError(str(e)) from e
-            raise
+        with team:  # inside of `opened`: the others hear of an end before this learner is closed
+            return _trained(config, on_start, on_update, signals, listen, resume, on_worker, team, opened)
+
+
+def _trained(
+    config: TrainConfig,
+    on_start: Callable[[Start], None],
+    on_update: Callable[[Status], None],
+    signals: StopSignals,
+    listen: Listen | None,
+    resume: RunFolder | None,
+    on_worker: Callable[[int, int], None],
+    team: Team | None,
+    opened: contextlib.ExitStack,
+) -> Result:
+    try:
+        if team is None:
+            start = _started(config, signals, listen, resume, opened)
+        else:
+            assert listen is not None
+            start = _started_with_others(config, signals, listen, resume, team, opened)
+    except ZrlError as e:
+        raise PreflightError(str(e)) from e
+    on_start(start.told)
+    try:
+        if listen is not None and listen.expect:
+            start.wait_for_workers(listen.expect, on_worker)
+        return start.train(on_update)
+    except WorkerError as e:
+        if e.at_start:
+            raise PreflightError(str(e)) from e
+        raise
 
 
 def _started(
@@ -150,6 +183,46 @@ def _started(
     return run
 
 
+def _started_with_others(
+    config: TrainConfig,
+    signals: StopSignals,
+    listen: Listen,
+    resume: RunFolder | None,
+    team: Team,
+    opened: contextlib.ExitStack,
+) -> _Run:
+    """The same for one of several learners. Learner 0 listens last: it can send on whoever comes."""
+    rank = team.rank
+    with signals.interruptible():
+        config = team.config(config)
+        run = _Run(config, signals, team)
+        run.restore_together(resume)
+        listen = dataclasses.replace(listen, url=rank.address(listen.url), indices=rank.indices)
+        if not team.leads:
+            rollout = run.rollout = opened.enter_context(
+                make_rollout(config, run.actor, None, listen, run.first_version)
+            )
+            assert isinstance(rollout, PipelineRollout)
+            team.announce(rollout.urls[0])
+    if team.leads:
+        run.folder = RunFolder.create(config) if resume is None else resume
+        opened.enter_context(run.folder.locked())
+        team.tell("run", str(run.folder.path))
+    with signals.interruptible():
+        team.vote()  # all others listen
+        if team.leads:
+            listen = dataclasses.replace(listen, redirect=team.redirect())
+            run.rollout = opened.enter_context(make_rollout(config, run.actor, run.folder, listen, run.first_version))
+            if config.eval_every:
+                run.evaluator = opened.enter_context(run.make_evaluator())
+        else:
+            run.folder = RunFolder(Path(team.told("run")))
+    if team.leads:
+        run.write_into(run.folder, opened)
+    run.told = dataclasses.replace(run.told, run=run.folder, rollout=run.rollout, n_learners=rank.size)
+    return run
+
+
 class _Run:
     """The moving parts of one run."""
 
@@ -157,14 +230,22 @@ class _Run:
     folder: RunFolder
     told: Start
 
-    def __init__(self, config: TrainConfig, signals: StopSignals) -> None:
+    def __init__(self, config: TrainConfig, signals: StopSignals, team: Team | None = None) -> None:
         self.config = config
         self.signals = signals
+        self.team = team
+        self.leads = team is None or team.leads  # else another learner writes, evaluates and decides
         assert config.seed is not None
         seed_everything(config.seed)
         self.actor = make_actor(config).to(usable_device(config.device))
         self.optimizer = make_optimizer(config, self.actor)
-        self.update = make_update(config, self.actor, self.optimizer, signals.check)
+        if team is None:
+            self.update = make_update(config, self.actor, self.optimizer, signals.check)
+        else:
+            shared = team.wrapped(Losses(self.actor))
+            self.update = make_update(
+                config, self.actor, self.optimizer, lambda: team.pause(signals.pending), lambda *a, **k: shared(*a, **k)
+            )
         self.progress = Progress()
         self.first_version = 1
         self.status: Status | None = None
@@ -178,18 +259,36 @@ class _Run:
         self._best_saved: float | None = None  # greatest mean of 100 episodes that a checkpoint was saved with
         self._pending: dict[int, Path] = {}  # checkpoints that are being evaluated, by step
         self._document_at = 0.0
+        self._at_goal = False
         self._shares: dict[str, float] = {}
 
     # ── the start ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def restore(self, resume: RunFolder) -> None:
-        """Go on from the newest checkpoint of a run that can be read.
+    def restore(self, resume: RunFolder) -> dict[str, Any]:
+        """Go on from the newest checkpoint of a run that can be read: what is in it.
 
         Raises:
             CheckpointError: there is none, or it does not fit.
         """
         skipped: list[str] = []
         path, state = checkpoint.newest(resume.checkpoints, self.config.device, skipped)
+        self._take_over(state, str(path))
+        self.told = dataclasses.replace(self.told, resumed=path, skipped=tuple(skipped), step=self.progress.step)
+        return state
+
+    def restore_together(self, resume: RunFolder | None) -> None:
+        """The same with other learners, who get from learner 0 what it has read. What they draw is their own."""
+        assert self.team is not None
+        state = self.restore(resume) if self.leads and resume is not None else {}
+        state = self.team.share(state if self.leads else None)
+        if not self.leads:
+            if state:
+                self._take_over(state, "the checkpoint of learner 0")
+            seeds = np.random.SeedSequence([self.config.seed or 0, self.first_version, self.team.rank.rank])
+            seed_everything(int(seeds.generate_state(1, np.uint64)[0]) >> 1)
+            self._restored = None
+
+    def _take_over(self, state: dict[str, Any], name: str) -> None:
         try:
             self.actor.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -198,13 +297,12 @@ class _Run:
             self._best_evaluation, self._best_saved = state["eval_best"], state["best_saved"]
             self._restored = state["random"]
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise CheckpointError(f"{str(path)!r} does not fit this run: {type(e).__name__}: {e}") from e
+            raise CheckpointError(f"{name!r} does not fit this run: {type(e).__name__}: {e}") from e
         if self.progress.step >= self.config.steps:
             raise ConfigError(
                 f"steps: the run is done, with {self.progress.step:,} of {self.config.steps:,}; give more to go on"
             )
         self._saved_at = self._submitted_at = self.progress.step
-        self.told = dataclasses.replace(self.told, resumed=path, skipped=tuple(skipped), step=self.progress.step)
 
     def make_evaluator(self) -> Evaluator:
         """Plays beside training."""
@@ -240,8 +338,30 @@ class _Run:
 
     def wait_for_workers(self, expected: int, on_worker: Callable[[int, int], None]) -> None:
         assert isinstance(self.rollout, PipelineRollout)
+        if self.team is not None:
+            self._wait_together(self.rollout, self.team, expected, on_worker)
+            return
         with self.signals.interruptible():
             self.rollout.wait_for_workers(expected, told=lambda there: on_worker(there, expected))
+
+    def _wait_together(
+        self, rollout: PipelineRollout, team: Team, expected: int, on_worker: Callable[[int, int], None]
+    ) -> None:
+        """Until all learners together have as many."""
+        before = None
+        while True:
+            team.report(rollout.hosts)
+            own = Vote(workers=rollout.wait_for_workers(0), signum=self.signals.pending)
+            votes = team.vote(own)
+            if signum := max(vote.signum for vote in votes):
+                raise Stopped(signum)
+            there = sum(vote.workers for vote in votes)
+            if there != before:
+                on_worker(there, expected)
+            if there >= expected:
+                return
+            before = there
+            time.sleep(LOOK)
 
     def train(self, on_update: Callable[[Status], None]) -> Result:
         self.progress.begin(time.monotonic())
@@ -266,7 +386,7 @@ class _Run:
         saved = self._save()
         with contextlib.suppress(OSError):
             self._write_document(outcome)
-        plot, problem = _plot(self.folder, self.config)
+        plot, problem = _plot(self.folder, self.config) if self.leads else (None, "")
         return Result(outcome, self.folder, self.status, saved, plot, problem)
 
     def _failed(self, *, save: bool = True) -> None:
@@ -281,9 +401,10 @@ class _Run:
         """Collect and learn until the goal or the last step; which of the two."""
         p = self.progress
         while p.step < self.config.steps:
-            with self.signals.interruptible():
-                batch = next(self.rollout)
-            self._learn(batch)
+            batch, n_env_steps = self._next()
+            if batch is None:
+                return "goal"
+            self._learn(batch, n_env_steps)
             evaluation = self._evaluated()
             now = time.monotonic()
             self.status = p.status(batch, self.losses, evaluation, now)
@@ -300,22 +421,46 @@ class _Run:
             on_update(self.status)
             goal = self.config.stop_at_return
             if goal is not None and self.status.return_100 is not None and self.status.return_100 >= goal:
-                return "goal"
+                if self.team is None:
+                    return "goal"
+                self._at_goal = self.leads  # the next vote ends the run, for all
+        if self.team is not None and any(vote.goal for vote in self.team.vote(self._vote(None))):
+            return "goal"
         return "steps"
 
-    def _learn(self, batch: Batch) -> None:
+    def _next(self) -> tuple[Batch | None, int | None]:
+        """The next batch, and the steps in those of all learners, if there are several; no batch at the goal."""
+        if self.team is None:
+            with self.signals.interruptible():
+                return next(self.rollout), None
+        rollout = self.rollout
+        assert isinstance(rollout, PipelineRollout)
+        with rollout.waiting():
+            return self.team.batch(rollout.next_within, self._vote, rollout.hosts) or (None, None)
+
+    def _vote(self, batch: Batch | None) -> Vote:
+        """What to tell the other learners."""
+        vote = Vote(goal=int(self._at_goal), signum=self.signals.pending)
+        if batch is None:
+            return vote
+        return vote._replace(
+            batch=1, n_env_steps=batch.n_env_steps, n_optimizer_steps=n_optimizer_steps(self.config, batch)
+        )
+
+    def _learn(self, batch: Batch, n_env_steps: int | None) -> None:
         self._anneal()
         before = self._snapshot() if self.config.algo == "ppo" else None  # many steps, between which it may be stopped
         try:
-            self.losses = self.update(batch)
-        except Stopped:
+            with contextlib.nullcontext() if self.team is None else self.team.together():
+                self.losses = self.update(batch)
+        except (Stopped, TeamError):
             if before is not None:
                 self._go_back_to(before)
             raise
         bad = [name for name, x in self.losses.items() if not math.isfinite(x)]
         if bad:
             raise DivergedError(f"the loss is not finite ({', '.join(bad)}); try a smaller --lr")
-        self.progress.count(batch)
+        self.progress.count(batch, n_env_steps)
 
     def _snapshot(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Weights, optimizer and random states as they are now."""
@@ -333,12 +478,16 @@ class _Run:
             group["lr"] = (self.config.lr or 0.0) * left
 
     def _record(self, row: dict[str, Any]) -> None:
+        if not self.leads:
+            return
         self.folder.append_metrics(row)
         if self._events is not None:
             self._events.write(row["step"], row)
 
     def _write_document(self, outcome: str) -> None:
         """What the pipeline and we know, into ``status.json``."""
+        if not self.leads:
+            return
         document = self.rollout.status()
         self._shares = _time_split(document)
         self.folder.set_status({**document, "outcome": outcome})
@@ -394,7 +543,7 @@ class _Run:
 
     def _save(self) -> Path | None:
         """A checkpoint of the state after the last step of the optimizer; nothing before the first."""
-        if not self.optimizer.state:
+        if not self.optimizer.state or not self.leads:
             return None
         p = self.progress
         folder = self.folder.checkpoints

@@ -83,6 +83,8 @@ def make_rollout(
             insecure=listen.insecure,
             actor_name=c.actor,
             n_actors=workers,
+            indices=listen.indices,
+            redirect=listen.redirect,
             **common,
         )
     return multi.rollout(

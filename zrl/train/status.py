@@ -105,9 +105,9 @@ class Progress:
         """Of training, also before it was resumed."""
         return self.seconds_before + now - self._started
 
-    def count(self, batch: Batch) -> None:
-        """An update with this batch was made."""
-        self.step += batch.n_env_steps
+    def count(self, batch: Batch, n_env_steps: int | None = None) -> None:
+        """An update with this batch was made; `n_env_steps`: of the batches of all learners, if there are several."""
+        self.step += batch.n_env_steps if n_env_steps is None else n_env_steps
         self.update += 1
         self.episodes += len(batch.episodes)
         self.returns.extend(e.ret for e in batch.episodes)

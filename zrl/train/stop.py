@@ -54,6 +54,11 @@ class StopSignals:
         if self._may_raise:
             raise Stopped(signum)
 
+    @property
+    def pending(self) -> int:
+        """The signal that has come; 0: none."""
+        return self._pending or 0
+
     def check(self) -> None:
         """Raise `Stopped` if a signal has come."""
         if self._pending is not None:
