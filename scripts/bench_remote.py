@@ -269,9 +269,7 @@ def main() -> None:
     if "cartpole" in options.parts:
         found = remote_over_local("CartPole-v1", MLPActor(*SPACES), 64, 16, options.seconds, options.rounds)
         figures |= {"remote_over_local_cartpole": found.pop("ratio"), **{f"cartpole_{k}": x for k, x in found.items()}}
-    if "pong" not in options.parts:
-        pass
-    elif importlib.util.find_spec("ale_py") and importlib.util.find_spec("cv2"):
+    if "pong" in options.parts and importlib.util.find_spec("ale_py") and importlib.util.find_spec("cv2"):
         pong = gym.make("zrl/Atari-v0")
         actor = default_actor(pong.observation_space, pong.action_space)
         found = remote_over_local("zrl.zoo:zrl/Atari-v0", actor, 32, 4, options.seconds, options.rounds)
