@@ -104,6 +104,8 @@ class Team:
     ) -> None:
         self.rank = rank
         self.device, backend = _device(device, rank)
+        if self.device.startswith("cuda"):
+            torch.cuda.set_device(self.device)  # NCCL takes the current one
         self._spread: Spread | None = None
         self._here: dict[str, int] = {}  # hosts, as of the last report
         self._report_at = 0.0
