@@ -33,11 +33,13 @@ from zrl.data.memory import MemoryAddress, boot_id
 from zrl.errors import ProcessError, SharedMemoryError, WorkerError, ZrlError
 from zrl.nodes.children import Child, Lost, Zygote
 from zrl.nodes.job import WorkerJob
+from zrl.nodes.limits import kills_for_memory
 from zrl.nodes.page import Page, Phase, Progress
 from zrl.nodes.pipe import CONNECTION_ENDED, MAX_WARNINGS, Ended, Warned
 from zrl.protocol import messages as m
 from zrl.protocol.restarts import Restarts
 
+OUT_OF_MEMORY = "the kernel killed it, since its control group (container, job) was out of memory"
 TICK = 1.0  # seconds between two looks at the children
 DUMP_SECONDS = 0.5  # that a child gets to write its stacks before it is killed
 #: Seconds that a revoked child gets to end by itself: one that cannot be reached may be writing its traceback.
@@ -137,6 +139,7 @@ class Host:
         self._patience = patience
         self._tell, self._failed, self._keep_log = tell, failed, keep_log
         self._by_serial: dict[int, Kid] = {}
+        self._kills_for_memory = kills_for_memory()
         self._proven: set[int] = set()  # indices that have sent a Ready in this run
         self._restarts = self._new_budget()
         self._waiting: dict[int, asyncio.TimerHandle] = {}  # restarts that are due, by index
@@ -378,6 +381,8 @@ class Host:
             cause = "signal"
         else:
             cause = "error" if lines else "exit"
+        if cause == "signal" and ended.signal == signal.SIGKILL and self._killed_for_memory():
+            lines = [OUT_OF_MEMORY]
         return m.Gone(
             self._run.run_id if self._run else m.NO_ID,
             self.incarnation,
@@ -389,6 +394,13 @@ class Host:
             error=m.clipped(lines[-1] if lines else "", 2048),
             traceback=m.clipped(ended.traceback, 56_000),
         )
+
+    def _killed_for_memory(self) -> bool:
+        """Whether there is a kill of the kernel's that no child's end was put down to yet."""
+        if kills_for_memory() <= self._kills_for_memory:
+            return False
+        self._kills_for_memory += 1
+        return True
 
     def _error(self, kid: Kid, gone: m.Gone, what: str) -> WorkerError:
         log = self._keep_log(kid.child.log)
@@ -423,7 +435,8 @@ def _in_words(gone: m.Gone) -> str:
     """What became of a worker."""
     if gone.cause == "signal":
         with contextlib.suppress(ValueError):
-            return f"signal {signal.Signals(-gone.status).name}"
+            name = signal.Signals(-gone.status).name
+            return f"signal {name}: {gone.error}" if gone.error else f"signal {name}"
     words = {
         "stalled": "stood still and was killed",
         "start_timeout": "took too long to start and was killed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+from pathlib import Path
 
 from zrl.errors import ConfigError
 
@@ -34,3 +35,17 @@ def raise_descriptor_limit(n_workers: int = 0) -> None:
             f"{n_workers} workers take up to {needed} open files, and this process may have {most}: raise the limit "
             f"(ulimit -n {needed}, LimitNOFILE= of a service), or take fewer workers"
         )
+
+
+def kills_for_memory(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
+    """How many processes of our control group the kernel has killed for want of memory, as far as Linux tells."""
+    with contextlib.suppress(OSError):
+        for line in Path(proc, "self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in ("", "memory"):  # version 2; version 1
+                file = "memory/{}/memory.oom_control" if controllers else "{}/memory.events"
+                with contextlib.suppress(OSError):
+                    words = Path(cgroups, file.format(group.strip("/"))).read_text().split()
+                    if "oom_kill" in words:
+                        return int(words[words.index("oom_kill") + 1])
+    return 0
