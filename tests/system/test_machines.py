@@ -71,8 +71,10 @@ def cut_off(programs: Programs, seconds: float) -> tuple[Program, Program, dict[
 
 
 @pytest.mark.timeout(120)
-def test_a_short_cut_loses_nothing(programs: Programs) -> None:
-    _, worker, status = cut_off(programs, 2.0)
+@pytest.mark.parametrize("seconds", [2.0, pytest.param(8.0, marks=pytest.mark.long)])
+def test_a_short_cut_loses_nothing(programs: Programs, seconds: float) -> None:
+    """All deadlines between machines are longer."""
+    _, worker, status = cut_off(programs, seconds)
     assert worker.text.count("welcome") == 1
     assert status["losses"] == {}
     assert status["fragments"]["lost"] == 0
@@ -105,6 +107,28 @@ def test_a_machine_dies_and_another_takes_over(programs: Programs) -> None:
         first.process.wait()
         second = programs.worker(url, "--keys", "c", "--no-shm", "--id", "other", on=other)
         second.wait_for("workers 2 to 3")
+        goes_on(programs, learner)
+        learner.process.send_signal(2)
+        assert learner.wait() == 130, learner.text
+        assert second.wait() == 0, second.text
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.long
+def test_a_host_that_is_started_again_on_another_machine(programs: Programs) -> None:
+    """The learner has not heard of the end of the first when the second comes with its name: never both are in."""
+    keys_of(programs.folder)
+    with machines(3) as (here, there, other):
+        url = url_of(here)
+        learner = programs.learner(url, *ENDLESS, "--keys", "a", on=here)
+        first = programs.worker(url, "--keys", "b", "--no-shm", "--id", "one", on=there)
+        goes_on(programs, learner)
+        there.cut()
+        first.process.kill()
+        first.process.wait()
+        second = programs.worker(url, "--keys", "b", "--no-shm", "--id", "one", on=other)
+        second.wait_for("name_taken")
+        second.wait_for("welcome: CartPole-v1, workers 0 to 1")
         goes_on(programs, learner)
         learner.process.send_signal(2)
         assert learner.wait() == 130, learner.text
