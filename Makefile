@@ -46,8 +46,8 @@ test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: faults
-faults: $(STAMP) ## kill, stop and hang workers and learners, the long way (make test has the short one)
-	$(BIN)/python -m pytest tests/faults -m "" $(ARGS)
+faults: $(STAMP) ## kill, stop, hang and cut off workers and learners, the long way (make test has the short one)
+	$(BIN)/python -m pytest tests/faults tests/system tests/launch tests/rollout/test_remote.py -m "" $(ARGS)
 
 .PHONY: soak
 soak: $(STAMP) ## 10,000 batches: the learner's memory must not grow

@@ -29,6 +29,7 @@ n, workers = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (n, n))
 if __name__ == "__main__":
     with rolling(stamps(), n=workers, p=workers) as it:
+        it.wait_for_workers(workers)
         for _ in range(3):
             next(it)
         print("ok", it.stats()["workers"], it.stats()["losses"])

@@ -228,6 +228,7 @@ def test_a_node_dies_and_another_takes_its_place(folder: Path, cluster: Cluster,
 
 
 @with_ray
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_hosts_on_every_node_for_a_learner_that_is_there(
     folder: Path, variables: dict[str, str], cluster: Cluster, launch: Launch
@@ -268,6 +269,7 @@ def test_hosts_on_every_node_for_a_learner_that_is_there(
 
 
 @with_ray
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_learner_on_a_node_with_a_gpu_and_what_stops_it(folder: Path, cluster: Cluster, launch: Launch) -> None:
     cluster.tell("add a 2 1")

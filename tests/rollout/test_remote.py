@@ -264,6 +264,7 @@ def test_the_verdict_names_a_slow_host(it: PipelineRollout, monkeypatch: pytest.
     assert by_host["quick"]["fragments_per_s"] > by_host["slow"]["fragments_per_s"]
 
 
+@pytest.mark.long  # it takes 15 s to be missed
 def test_a_worker_that_goes_leaves_what_it_sent_to_the_books(it: PipelineRollout) -> None:
     spec = spec_of(SMALL)
     slot, data = fragment(spec, 6)
