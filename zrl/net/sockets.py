@@ -35,6 +35,7 @@ MAX_FRAME = 256 << 10  # bytes: a larger one would keep heartbeats waiting on a 
 CURVE_NBYTES = 33  # that encryption adds to a frame (RFC 26, MESSAGE), and libzmq's limit counts
 MOST_SKIPPED = 1024  # frames of an unwanted payload that are read in one turn
 HANDSHAKE_MS = 5_000
+CONNECT_MS = 3_000  # then anew: the system itself waits longer with every try, half a minute after a cut of one
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
 ZAP_DOMAIN = b"zrl"
@@ -156,6 +157,7 @@ def connect(socket: Socket, url: str, keys: HostKeys | None = None) -> None:
 def _with_heartbeats(socket: Socket) -> Socket:
     """They find half-open links; libzmq's own thread answers them, however busy the process is."""
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
