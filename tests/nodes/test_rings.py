@@ -20,8 +20,8 @@ SPEC = FragmentSpec.build(
 
 
 def attach(incarnation: bytes) -> m.Attach:
-    sizes = {"spec": SPEC.to_plain(), "digest": SPEC.digest, "n_slots": 4, "slot_nbytes": SPEC.nbytes}
-    return m.Attach(bytes(16), incarnation, **sizes, pid=0, fd=-1, nbytes=0, boot_id="", path="")
+    ids = (bytes(16), incarnation)
+    return m.Attach(*ids, SPEC.to_plain(), SPEC.digest, 4, SPEC.nbytes, pid=0, fd=-1, nbytes=0, boot_id="", path="")
 
 
 def resident() -> int:

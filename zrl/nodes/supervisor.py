@@ -35,7 +35,7 @@ import numpy as np
 import uvloop
 
 from zrl.data.board import Board, crc32
-from zrl.errors import ProtocolError, WorkerError, ZrlError
+from zrl.errors import ConfigError, ProtocolError, WorkerError, ZrlError
 from zrl.net.addresses import check_connect, is_loopback, pub_url, run_directory
 from zrl.net.codec import TOPIC_STATUS, TOPIC_WEIGHTS, decode, decode_weights, encode
 from zrl.net.endpoint import Endpoint
@@ -52,6 +52,8 @@ ANSWER_TIMEOUT = 60.0  # seconds for Weights after Fetch: they may be large, and
 FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
 GRACE = 5.0  # seconds for the workers' end
 BYE_TIMEOUT = 2.0
+MOST_ANSWERS = 100  # that nobody has waited for yet
+MOST_INDICES = 1 << 16
 SETTLE = 0.1  # seconds between the end of the connection and the look at what came before it on others
 EXIT_DONE, EXIT_FAILED, EXIT_LEARNER_LOST, EXIT_BUDGET_SPENT, EXIT_REFUSED = 0, 1, 3, 4, 5
 
@@ -243,7 +245,7 @@ class _Run:
         self._o, self._host, self._context, self._silence, self._say = o, host, context, silence, say
         self._loop = asyncio.get_running_loop()
         self._end: asyncio.Future[None] = self._loop.create_future()
-        self._answers: asyncio.Queue[m.Message] = asyncio.Queue()
+        self._answers: asyncio.Queue[m.Message] = asyncio.Queue(MOST_ANSWERS)
         self._status: Endpoint | None = None
         self._flat: Any = None  # the payload of the last Weights
         self._hello = host.hello()
@@ -334,6 +336,9 @@ class _Run:
     async def _start(self, give_up: float | None) -> None:
         welcome = await self._hello_until(give_up)
         self._hello = self._hello_in(welcome.run_id)
+        if welcome.index_base + self._o.count > MOST_INDICES:
+            raise _Over(f"the learner has no indices for {self._o.count} workers", EXIT_REFUSED)
+        published = welcome.pub_url or pub_url(self._o.url)
         weights, flat = await self._fetch()
         board = self._board = Board.create(weights.nbytes, run_id=welcome.run_id, digest=weights.digest)
         self._opened.callback(board.close)
@@ -343,9 +348,11 @@ class _Run:
             (TOPIC_WEIGHTS, self._on_weights, limit),
             (TOPIC_STATUS, self._on_status, m.LARGE_HEADER),
         ):
-            sub = make_sub(
-                self._context, welcome.pub_url or pub_url(self._o.url), topic, max_nbytes=most, keys=self._o.keys
-            )
+            try:
+                check_connect(published)
+                sub = make_sub(self._context, published, topic, max_nbytes=most, keys=self._o.keys)
+            except ConfigError as error:
+                raise _Over(f"what the learner publishes: {m.printable(str(error))}", EXIT_REFUSED) from None
             endpoint = Endpoint(sub, self._loop, handler)
             self._opened.callback(endpoint.close)
         self._status = endpoint
@@ -453,7 +460,8 @@ class _Run:
         else:
             if flat is not None:
                 self._flat = flat
-            self._answers.put_nowait(message)
+            with contextlib.suppress(asyncio.QueueFull):
+                self._answers.put_nowait(message)
 
     def _drain(self) -> None:
         if not self._draining:
@@ -463,7 +471,10 @@ class _Run:
     def _payload(self, weights: m.Weights, rest: Rest) -> Any:
         if weights.nbytes > MAX_WEIGHTS_NBYTES:
             raise ProtocolError(f"weights of {weights.nbytes} bytes, at most {MAX_WEIGHTS_NBYTES}")
-        flat = np.empty(weights.nbytes, np.uint8)
+        try:
+            flat = np.empty(weights.nbytes, np.uint8)
+        except MemoryError:
+            raise ProtocolError(f"weights of {weights.nbytes} bytes, for which there is no memory") from None
         rest.into(memoryview(flat.data))
         if crc32(flat) != weights.crc32:
             raise ProtocolError("weights with another checksum than they were sent with")
@@ -489,7 +500,7 @@ class _Run:
         try:
             status = json.loads(frame[len(TOPIC_STATUS) :])
             run_id, version, ending = status["run_id"], int(status["version"]), status.get("ending") is True
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return
         if run_id != self._hello.run_id.hex():
             return
