@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,6 +169,59 @@ def test_a_frame_that_is_too_long_cuts_only_its_sender(context: z.Context, folde
     z.send(dealer, bytes(z.MAX_FRAME + z.CURVE_NBYTES + 1))
     until(watch.seen)
     watch.close()
+
+
+def test_a_payload_in_crumbs_is_refused_before_it_keeps_others_waiting(context: z.Context, folder: Path) -> None:
+    router, dealer = pair(context, folder)
+    read(router, 1)
+    place, raised = bytearray(100), []
+
+    def handle(peer: bytes, header: bytes, rest: z.Rest) -> None:
+        try:
+            rest.into(memoryview(place))
+        except ProtocolError as error:
+            raised.append(str(error))
+
+    for n in (z.MOST_SKIPPED - 1, z.MOST_SKIPPED):
+        z.send(dealer, b"ready", *[b""] * n, bytes(100))
+        until(lambda: not z.drain(router, handle) and not z.waiting(router) and z.send(dealer, b"") is not None)
+        read(router, 1)
+    assert [text for text in raised if "frames" in text] == ["a payload of 100 bytes in more than 1024 frames"]
+
+
+def test_a_subscription_that_is_too_long_cuts_only_its_sender(context: z.Context, folder: Path) -> None:
+    """libzmq would hold whatever somebody sends to a PUB, until the end of a frame of any length."""
+    pub = z.make_pub(context)
+    url = z.bind(pub, f"ipc://{folder}/p")
+    honest = z.make_sub(context, url, b"status\0\0", max_nbytes=100)
+    greedy = z.make_subscriber(context, bytes(z.MAX_SUBSCRIPTION), max_nbytes=100)
+    watch = z.Disconnections(greedy)
+    z.connect(greedy, url)
+    until(watch.seen)
+    until(lambda: z.send(pub, b"status\0\0{}") and honest.poll(1))
+    watch.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux looks")
+def test_a_peer_that_reads_nothing_is_cut(context: z.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all that it asks for would wait for it in the learner's memory."""
+    monkeypatch.setattr(z, "UNREAD_MS", 500)
+    router = z.make_router(context)
+    port = int(z.bind(router, "tcp://127.0.0.1:*").rpartition(":")[2])
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\0" + b"NULL".ljust(20, b"\0") + bytes(32)
+    ready = b"\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+    with socket.socket() as peer:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.connect(("127.0.0.1", port))
+        peer.sendall(greeting)
+        assert len(peer.recv(64, socket.MSG_WAITALL)) == 64
+        peer.sendall(b"\x04" + bytes([len(ready)]) + ready + b"\0\x05hello")
+        ((who, header),) = read(router, 1)
+        assert header == b"hello"
+        deadline = time.monotonic() + 8 * LIMIT  # the system looks at 0.2, 0.4, 0.8 … s
+        while z.send(router, who, b"what it asked for", bytes(100_000)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_a_slow_subscriber_gets_the_newest(context: z.Context, folder: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,54 @@ def test_a_host_looks_first_for_the_learner_that_welcomed_it(url: str) -> None:
     assert said[1] == "the connection to the learner broke"
     assert said[2] == f"nobody answers at {second}"
     assert "full" in said[3]
+
+
+class Strange(Learner):
+    """Welcomes a host with what no learner of ours would say."""
+
+    def __init__(self, url: str, **strange: Any) -> None:
+        super().__init__(url, n_beats=0)
+        self._strange = strange
+
+    def _answer(self, peer: bytes, message: m.Message) -> None:
+        self.heard.append(type(message).__name__)
+        me = message.incarnation
+        if isinstance(message, m.Hello):
+            z.send(self._router, peer, encode(dataclasses.replace(welcome(message), **self._strange)))
+        elif isinstance(message, m.Fetch):
+            huge = m.Weights(RUN, me, 1, supervisor.MAX_WEIGHTS_NBYTES, bytes(16), 0, 1)
+            z.send(self._router, peer, encode(huge), b"less than that")
+            z.send(self._router, peer, encode(m.Weights(RUN, me, 1, 4, bytes(16), zlib.crc32(b"1234"), 1)), b"1234")
+        elif isinstance(message, m.Bye):
+            z.send(self._router, peer, encode(m.ByeAck(RUN, me)))
+            self.heard.append("Reject")
+
+
+@pytest.mark.parametrize(
+    ("strange", "text"),
+    [
+        ({"pub_url": "udp://127.0.0.1:5"}, "what the learner publishes: udp://127.0.0.1:5: expected"),
+        ({"pub_url": "tcp://no such\x1b host:5"}, "what the learner publishes: tcp://no such\\x1b host:5: "),
+        ({"index_base": 65535}, "no indices for 2 workers"),
+    ],
+)
+def test_a_welcome_that_leads_nowhere_refuses_the_host(url: str, strange: dict[str, Any], text: str) -> None:
+    said: list[str] = []
+    learner = Strange(url, **strange)
+    learner.start()
+    try:
+        assert supervise(dataclasses.replace(OPTIONS, url=url, count=2), said.append) == EXIT_REFUSED
+    finally:
+        learner.join()
+    assert text in said[-1]
+
+
+def test_a_status_that_is_none_is_no_heartbeat() -> None:
+    for version in (b"Infinity", b"1e400", b"NaN", b"[1]", b'"x"'):
+        run: Any = supervisor._Run.__new__(supervisor._Run)
+        run._hello, run._heard = welcome(NOBODY), -1.0
+        run._on_status(b"", b'status\0\0{"run_id": "' + RUN.hex().encode() + b'", "version": ' + version + b"}", None)
+        assert run._heard == -1.0
+
+
+NOBODY = m.Hello(RUN, bytes(16), m.PROTOCOL_VERSION, "host", "a", (), 1, "", bytes(16), 0, 0, 1)

@@ -39,8 +39,6 @@ from zrl.protocol.messages import (
 TOPIC_WEIGHTS = b"weights\0"
 TOPIC_STATUS = b"status\0\0"
 
-_MOST_ITEMS = LARGE_HEADER  # of any list, the whole header included: an item takes a byte at least
-
 #: From a field as msgpack gives it to the field of the message; raises ValueError.
 Check = Callable[[Any], Any]
 
@@ -132,7 +130,7 @@ def _unpack(data: bytes, limit: int) -> list[Any]:
         strict_map_key=True,
         max_str_len=limit,
         max_bin_len=limit,
-        max_array_len=_MOST_ITEMS,
+        max_array_len=len(data),  # an item takes a byte at least; msgpack makes a list of the length that is announced
         max_map_len=0,
         max_ext_len=0,
         ext_hook=_no_extension,

@@ -34,10 +34,13 @@ from zrl.net.keys import HostKeys, Pair
 MAX_FRAME = 256 << 10  # bytes: a larger one would keep heartbeats waiting on a slow link
 CURVE_NBYTES = 33  # that encryption adds to a frame (RFC 26, MESSAGE), and libzmq's limit counts
 MOST_SKIPPED = 1024  # frames of an unwanted payload that are read in one turn
+MAX_SUBSCRIPTION = 1024  # bytes: of what a PUB receives, topics of 8 bytes and handshakes
+SMALL_FRAME = 4096  # bytes: a payload of smaller frames than this, but for the first 1024, is refused
 HANDSHAKE_MS = 5_000
 CONNECT_MS = 3_000  # then anew: the system itself waits longer with every try, half a minute after a cut of one
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 15_000
+UNREAD_MS = 20_000  # that a peer may leave what was sent to it in the network, before it is cut
 ZAP_DOMAIN = b"zrl"
 STATUS_OK, STATUS_UNKNOWN, STATUS_REVOKED = 200, 400, 500  # what ZAP may answer; 300 would tell the peer nothing
 CUT_SECONDS = 1.5  # of handshakes that are cut without a word, after which that is the answer
@@ -60,6 +63,8 @@ def make_router(context: Context) -> Socket:
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + CURVE_NBYTES)
     router.setsockopt(zmq.SNDHWM, 0)
+    # Heartbeats wait in line behind what a peer does not read, and what it has asked for would pile up here for ever.
+    router.setsockopt(zmq.TCP_MAXRT, UNREAD_MS)
     return _with_heartbeats(router)
 
 
@@ -75,9 +80,11 @@ def make_dealer(context: Context) -> Socket:
 
 
 def make_pub(context: Context) -> Socket:
-    """The learner's socket for what everybody may see; every message is one frame that begins with its topic."""
+    """The learner's socket for what everybody may see; every message is one frame that begins with its topic. Frames
+    beyond `MAX_SUBSCRIPTION` cut their sender's connection."""
     pub = context.socket(zmq.PUB)
     pub.setsockopt(zmq.CONFLATE, 1)
+    pub.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION)  # of what comes in alone
     return _with_heartbeats(pub)
 
 
@@ -179,10 +186,15 @@ class Rest:
         """Receive the payload into `buffer` (bytes, writable), frame by frame; it must fill it exactly.
 
         Raises:
-            ProtocolError: too few or too many bytes; `buffer` then holds some of them.
+            ProtocolError: too few or too many bytes, or so many frames that reading them would keep others waiting;
+                `buffer` then holds some of them.
         """
-        at = 0
+        at = n = 0
+        most = MOST_SKIPPED + len(buffer) // SMALL_FRAME
         while self.more:
+            n += 1
+            if n > most:
+                raise ProtocolError(f"a payload of {len(buffer)} bytes in more than {most} frames")
             room = buffer[at:]
             # the size is that of the frame, also where the room was smaller
             size = self._socket.recv_into(room if len(room) else bytearray(1), flags=zmq.NOBLOCK)

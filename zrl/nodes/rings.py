@@ -8,6 +8,7 @@ slot. That is decided once, when the worker attaches; who reads slots sees no di
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Callable
 
 import numpy as np
@@ -161,7 +162,7 @@ class Rings:
         try:
             if wanted > free:  # asking the kernel would not fail, see `zrl.data.memory`
                 raise SharedMemoryError(f"{free:,} bytes are available")
-            return Ring.create(
+            ring = Ring.create(
                 attach.slot_nbytes,
                 attach.n_slots,
                 run_id=attach.run_id,
@@ -169,6 +170,9 @@ class Rings:
                 digest=attach.digest,
                 shared=False,
             )
+            # Every page exists from now on: else what is promised here would still count as available for the next one.
+            ring.memory.data[mmap.PAGESIZE :: mmap.PAGESIZE] = 0
+            return ring
         except SharedMemoryError as error:
             text = f"the learner has no {wanted:,} bytes for the {attach.n_slots} slots of a remote worker: {error}"
             raise Refusal("full", text) from None

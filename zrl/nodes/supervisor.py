@@ -58,6 +58,8 @@ FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
 GRACE = 5.0  # seconds for the workers' end
 BYE_TIMEOUT = 2.0
 MOST_HOPS = 3  # redirects in a row that are followed
+MOST_ANSWERS = 100  # that nobody has waited for yet
+MOST_INDICES = 1 << 16
 SETTLE = 0.1  # seconds between the end of the connection and the look at what came before it on others
 EXIT_DONE, EXIT_FAILED, EXIT_LEARNER_LOST, EXIT_BUDGET_SPENT, EXIT_REFUSED = 0, 1, 3, 4, 5
 
@@ -303,7 +305,7 @@ class _Run:
         self._silence = o.silence or (5.0 if o.shm and is_loopback(o.url) else 15.0)
         self._loop = asyncio.get_running_loop()
         self._end: asyncio.Future[None] = self._loop.create_future()
-        self._answers: asyncio.Queue[m.Message] = asyncio.Queue()
+        self._answers: asyncio.Queue[m.Message] = asyncio.Queue(MOST_ANSWERS)
         self._status: Endpoint | None = None
         self._flat: Any = None  # the payload of the last Weights
         self._hello = host.hello()
@@ -394,6 +396,9 @@ class _Run:
     async def _start(self, give_up: float | None) -> None:
         welcome = await self._hello_until(give_up)
         self._hello = self._hello_in(welcome.run_id)
+        if welcome.index_base + self._o.count > MOST_INDICES:
+            raise _Over(f"the learner has no indices for {self._o.count} workers", EXIT_REFUSED)
+        published = welcome.pub_url or pub_url(self._o.url)
         weights, flat = await self._fetch()
         board = self._board = Board.create(weights.nbytes, run_id=welcome.run_id, digest=weights.digest)
         self._opened.callback(board.close)
@@ -403,9 +408,11 @@ class _Run:
             (TOPIC_WEIGHTS, self._on_weights, limit),
             (TOPIC_STATUS, self._on_status, m.LARGE_HEADER),
         ):
-            sub = make_sub(
-                self._context, welcome.pub_url or pub_url(self._o.url), topic, max_nbytes=most, keys=self._o.keys
-            )
+            try:
+                check_connect(published)
+                sub = make_sub(self._context, published, topic, max_nbytes=most, keys=self._o.keys)
+            except ConfigError as error:
+                raise _Over(f"what the learner publishes: {m.printable(str(error))}", EXIT_REFUSED) from None
             endpoint = Endpoint(sub, self._loop, handler)
             self._opened.callback(endpoint.close)
         self._status = endpoint
@@ -519,7 +526,8 @@ class _Run:
         else:
             if flat is not None:
                 self._flat = flat
-            self._answers.put_nowait(message)
+            with contextlib.suppress(asyncio.QueueFull):
+                self._answers.put_nowait(message)
 
     def _drain(self) -> None:
         if not self._draining:
@@ -529,7 +537,10 @@ class _Run:
     def _payload(self, weights: m.Weights, rest: Rest) -> Any:
         if weights.nbytes > MAX_WEIGHTS_NBYTES:
             raise ProtocolError(f"weights of {weights.nbytes} bytes, at most {MAX_WEIGHTS_NBYTES}")
-        flat = np.empty(weights.nbytes, np.uint8)
+        try:
+            flat = np.empty(weights.nbytes, np.uint8)
+        except MemoryError:
+            raise ProtocolError(f"weights of {weights.nbytes} bytes, for which there is no memory") from None
         rest.into(memoryview(flat.data))
         if crc32(flat) != weights.crc32:
             raise ProtocolError("weights with another checksum than they were sent with")
@@ -555,7 +566,7 @@ class _Run:
         try:
             status = json.loads(frame[len(TOPIC_STATUS) :])
             run_id, version, ending = status["run_id"], int(status["version"]), status.get("ending") is True
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return
         if run_id != self._hello.run_id.hex():
             return

@@ -119,6 +119,7 @@ class _Worker:
         self.job, self.page, self.link = job, page, link
         self._opened = opened
         self._grants: deque[m.Release] = deque()
+        self._n_slots = 0  # of the ring
         self._draining = False
         self._version = 0
         self._seq = 0
@@ -195,6 +196,7 @@ class _Worker:
         if not isinstance(answer, m.Attached):
             raise LinkLost(f"no answer to Attach within {START_TIMEOUT:.0f} s")
         ring.memory.unlink()
+        self._n_slots = n_slots
         pieces = [[] if answer.local else lasting_frames(ring.slot(k).data) for k in range(n_slots)]
         return [Slot(spec, ring.slot(k)) for k in range(n_slots)], pieces
 
@@ -206,7 +208,7 @@ class _Worker:
             if isinstance(message, m.Reject) and not message.retry:
                 if message.code == "draining":
                     raise LinkLost("the run is about to end")
-                raise ProcessError(f"the learner refused this worker ({message.code}): {message.text}")
+                raise ProcessError(f"the learner refused this worker ({message.code}): {m.printable(message.text)}")
             if isinstance(message, (kind, m.Reject)):
                 return message
             if message is not None:
@@ -242,7 +244,8 @@ class _Worker:
                 raise LinkLost("the learner is another run")
         elif isinstance(message, m.Release):
             self.page.count_release()
-            self._grants.append(message)
+            if message.slot < self._n_slots:  # else it is no slot of ours
+                self._grants.append(message)
         elif isinstance(message, m.Drain):
             self._draining = True
         elif isinstance(message, m.HelloAgain):
