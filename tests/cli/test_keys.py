@@ -51,6 +51,7 @@ def test_the_machine_gives_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         (["keys", "new", "one", "--server"], "NAME: the learner's pair has none"),
         (["keys", "new", "../one"], "NAME: expected"),
+        (["keys", "new", "server"], "and not 'server', which is the learner"),
         (["keys", "authorize", "one", "nonsense"], "PUBLIC: expected a key of 40 characters of Z85, found 8"),
         (["keys", "revoke", "one"], "no folder with keys"),
         (["keys", "list"], "no folder with keys"),
@@ -62,6 +63,16 @@ def test_the_machine_gives_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_is_refused(tmp_path: Path, words: list[str], text: str) -> None:
     done = zrl(*words, "--keys", tmp_path / "none")
     assert (done.exit_code, text in done.output) == (2, True), done.output
+
+
+def test_a_secret_is_never_taken_for_a_public_key(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    last(zrl("keys", "new", "--server", "--keys", a))
+    last(zrl("keys", "new", "one", "--keys", b))
+    done = zrl("keys", "authorize", "one", b / "one.secret", "--keys", a)
+    assert done.exit_code == 2
+    assert "that is a secret; its public key is in one.public" in done.output
+    assert (b / "one.secret").read_text().strip() not in zrl("keys", "list", "--keys", a).output
 
 
 def test_a_key_file_that_is_too_open(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zrl.cli.failures import EXIT_USAGE, Failure, usage
+from zrl.errors import ConfigError
 
 if TYPE_CHECKING:
     from zrl.net.keys import HostKeys
@@ -57,9 +58,11 @@ def new_command(name: str | None, server: bool, folder: Path) -> None:
     """Make the key pair of host NAME, by default the machine's name, or of the learner; print the public key."""
     if server and name is not None:
         raise Failure("NAME: the learner's pair has none; leave it out, or --server", EXIT_USAGE)
-    from zrl.net.keys import SERVER, new_pair
+    from zrl.net.keys import SERVER, check_name, new_pair
 
     with usage():
+        if name is not None:
+            check_name(name)
         chosen = SERVER if server else name or re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64]
         public = new_pair(folder, chosen)
     click.echo(f"made {folder / chosen}.secret, which stays here, and {folder / chosen}.public:")
@@ -80,7 +83,10 @@ def authorize_command(name: str, public: str, folder: Path) -> None:
     from zrl.net.keys import authorize, read_public
 
     with usage():
-        key = read_public(Path(public)).decode() if Path(public).is_file() else public
+        file = Path(public)
+        if file.is_file() and file.suffix == ".secret":  # it looks like a public key, and would be shown as one
+            raise ConfigError(f"{file}: that is a secret; its public key is in {file.with_suffix('.public').name}")
+        key = read_public(file).decode() if file.is_file() else public
         authorize(folder, name, key)
     click.echo(f"{name} is authorized in {folder}" if name != "server" else f"{folder}: this learner is trusted")
 
