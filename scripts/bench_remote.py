@@ -75,7 +75,7 @@ def send_bare(url: str, nbytes: int) -> None:
 def send_fragments(url: str, mib: int) -> None:
     """A remote worker without environments, until the learner ends it."""
     spec = spec_of(mib)
-    ids: Any = {"protocol": 1, "versions": (), "pid": os.getpid(), "boot_id": "", "index": 0, "generation": 0}
+    ids: Any = {"protocol": 1, "versions": (), "process": m.NO_ID, "boot_id": "", "index": 0, "generation": 0}
     slots = [lasting_frames(np.ones(spec.nbytes, np.uint8).data) for _ in range(CREDITS)]
     with contextlib.closing(Link(url)) as host, contextlib.closing(Link(url)) as link, contextlib.suppress(LinkLost):
         his = m.Hello(m.NO_ID, os.urandom(16), role="host", name="bench", host=m.NO_ID, count=1, **ids)

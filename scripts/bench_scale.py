@@ -94,7 +94,7 @@ class Peer:
             raise ConnectionError("the learner is gone")
 
     def hello(self, role: str, name: str, host: bytes, index: int, count: int) -> None:
-        header = (m.PROTOCOL_VERSION, role, name, (), os.getpid(), self.fleet.boot_id, host, index, 0, count)
+        header = (m.PROTOCOL_VERSION, role, name, (), m.NO_ID, self.fleet.boot_id, host, index, 0, count)
         self.fleet.first(self, encode(m.Hello(self.run_id, self.incarnation, *header)))
 
     def read(self) -> None:

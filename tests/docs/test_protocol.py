@@ -19,7 +19,7 @@ def described(kind: m.Kind) -> str:
         case m.Bool():
             return "bool"
         case m.Seconds():
-            return "float, finite, ≥ 0"
+            return f"float, 0 … {m.MOST_SECONDS:g}"
         case m.Text(most):
             return f"str ≤ {most}"
         case m.Choice(options):

@@ -98,7 +98,7 @@ class Stranger:
 
 def hello(role: str = "host", **changes: Any) -> m.Hello:
     made = m.Hello(
-        m.NO_ID, os.urandom(16), m.PROTOCOL_VERSION, role, "stranger", (), os.getpid(), boot_id(), m.NO_ID, 0, 0, 3
+        m.NO_ID, os.urandom(16), m.PROTOCOL_VERSION, role, "stranger", (), b"P" * 16, boot_id(), m.NO_ID, 0, 0, 3
     )
     return dataclasses.replace(made, **changes)
 

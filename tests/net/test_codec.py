@@ -27,7 +27,7 @@ def values_of(kind: m.Kind, long: bool = False) -> st.SearchStrategy[object]:
         case m.Bool():
             return st.booleans()
         case m.Seconds():
-            return st.floats(0.0, allow_infinity=False, allow_nan=False)
+            return st.floats(0.0, m.MOST_SECONDS)
         case m.Text(most):
             return st.just("x" * most) if long else st.text(max_size=most // 4)
         case m.Choice(options):
@@ -62,7 +62,7 @@ def any_message(long: bool = False) -> st.SearchStrategy[m.Message]:
 
 
 SAMPLES = [
-    m.Hello(m.NO_ID, ME, m.PROTOCOL_VERSION, "host", "left", ("zrl 0.1",), 1, "boot", m.NO_ID, 0, 0, 4),
+    m.Hello(m.NO_ID, ME, m.PROTOCOL_VERSION, "host", "left", ("zrl 0.1",), m.NO_ID, "boot", m.NO_ID, 0, 0, 4),
     m.Attach(RUN, ME, [1, [["a", 2, [3]]]], ME, 2, 64, 1, 3, 8192, "boot", ""),
     m.Release(RUN, ME, 3, 7),
     m.Ready(RUN, ME, 3, 9, 7, 0.1, 0.2, 0.3, 0.4, 0.5, 1.5, 1024),
@@ -187,6 +187,7 @@ RELEASE, READY, ATTACH = SAMPLES[2], SAMPLES[3], SAMPLES[1]
         _changed(READY, total=-0.5),
         _changed(READY, total=math.nan),
         _changed(READY, total=math.inf),
+        _changed(READY, total=2 * m.MOST_SECONDS),
         _changed(ATTACH, boot_id=b"boot"),
         _changed(ATTACH, boot_id="x" * 65),
         _changed(ATTACH, boot_id="ü" * 33),

@@ -71,7 +71,7 @@ def idle(_: object, job: object) -> None:
 
 
 def hang_without_ears(_: object, path: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     hang(None, path)
 
 

@@ -218,7 +218,7 @@ def nudge(learner: Learner) -> None:
         context.term()
 
 
-HELLO = m.Hello(m.NO_ID, b"H" * 16, m.PROTOCOL_VERSION, "host", "a", (), 10, "", m.NO_ID, 0, 0, 1)
+HELLO = m.Hello(m.NO_ID, b"H" * 16, m.PROTOCOL_VERSION, "host", "a", (), m.NO_ID, "", m.NO_ID, 0, 0, 1)
 
 
 def test_a_host_goes_where_it_is_sent_to(url: str) -> None:
@@ -345,4 +345,4 @@ def test_a_status_that_is_none_is_no_heartbeat() -> None:
         assert run._heard == -1.0
 
 
-NOBODY = m.Hello(RUN, bytes(16), m.PROTOCOL_VERSION, "host", "a", (), 1, "", bytes(16), 0, 0, 1)
+NOBODY = m.Hello(RUN, bytes(16), m.PROTOCOL_VERSION, "host", "a", (), bytes(16), "", bytes(16), 0, 0, 1)

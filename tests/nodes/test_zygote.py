@@ -483,7 +483,7 @@ def test_close_reports_how_the_children_ended(tmp_path: Path) -> None:
     zygote.close()
     assert time.monotonic() - begin < 1
     assert child.ended is not None
-    assert child.ended.signal == signal.SIGTERM
+    assert child.ended.signal == signal.SIGHUP
     assert child.ended in zygote.events()
     assert zygote.events() == []
     zygote.close()
@@ -494,14 +494,14 @@ def test_close_reports_how_the_children_ended(tmp_path: Path) -> None:
     assert zygote.process.returncode == 0
 
 
-def test_close_kills_those_who_ignore_sigterm_or_are_stopped(tmp_path: Path) -> None:
+def test_close_kills_those_who_ignore_sighup_or_are_stopped(tmp_path: Path) -> None:
     zygote = new(Zygote, tmp_path)
     deaf = zygote.fork("worker-0", ("hang_without_ears", str(tmp_path / "up-0")))
     stopped = zygote.fork("worker-1", ("hang", str(tmp_path / "up-1")))
     for i in range(2):
         written(zygote, tmp_path / f"up-{i}")
     os.kill(pid_of(stopped), signal.SIGSTOP)
-    until(lambda: state(pid_of(stopped)) == "T")  # else SIGTERM may come first
+    until(lambda: state(pid_of(stopped)) == "T")  # else SIGHUP may come first
     begin = time.monotonic()
     zygote.close(begin + 1.5)
     assert time.monotonic() - begin < 1.5
@@ -567,12 +567,14 @@ def test_the_log_that_a_loss_names_stays(tmp_path: Path) -> None:
         assert Path(log).exists()
 
 
-def test_sigterm_of_the_zygote_ends_the_children(tmp_path: Path) -> None:
+def test_sigterm_is_not_for_the_zygote_and_sigusr2_ends_it_with_its_children(tmp_path: Path) -> None:
     with new(Zygote, tmp_path) as zygote:
         child = zygote.fork("worker-0", ("hang", str(tmp_path / "up")))
         written(zygote, tmp_path / "up")
         zygote.process.terminate()
-        assert ended(zygote, child).signal == signal.SIGTERM
+        assert ended(zygote, zygote.fork("worker-1", ("end", 0))).code == 0  # as if nothing had happened
+        zygote.process.send_signal(signal.SIGUSR2)
+        assert ended(zygote, child).signal == signal.SIGHUP
         assert isinstance(zygote.wait_event(PATIENCE), Lost)
         assert not (tmp_path / "run").exists()
 

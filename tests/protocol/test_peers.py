@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
 from zrl.protocol import messages as m
 from zrl.protocol.peer_states import State
-from zrl.protocol.peers import OWN, Deliver, HostLost, Inspect, Lost, Peers, Send, SendWeights
+from zrl.protocol.peers import OWN, Deliver, Forget, HostLost, Inspect, Lost, Peers, Send, SendWeights
 
 RUN = b"R" * 16
 HOST, WORKER, OTHER = b"H" * 16, b"W" * 16, b"O" * 16
 WELCOME = m.Welcome(
     RUN, m.NO_ID, 64, 16, 2, False, False, ("lives",), "train", bytes(16), 0, "CartPole-v1", "mlp", 1, "ipc:///pub"
 )
-HELLO_HOST = m.Hello(m.NO_ID, HOST, m.PROTOCOL_VERSION, "host", "left", (), 10, "boot", m.NO_ID, 0, 0, 4)
-HELLO_WORKER = m.Hello(m.NO_ID, WORKER, m.PROTOCOL_VERSION, "worker", "left", (), 11, "boot", HOST, 1, 0, 0)
+HELLO_HOST = m.Hello(m.NO_ID, HOST, m.PROTOCOL_VERSION, "host", "left", (), b"P" * 16, "boot", m.NO_ID, 0, 0, 4)
+HELLO_WORKER = m.Hello(m.NO_ID, WORKER, m.PROTOCOL_VERSION, "worker", "left", (), m.NO_ID, "boot", HOST, 1, 0, 0)
 ATTACH = m.Attach(RUN, WORKER, [], bytes(16), 2, 64, 11, 3, 8192, "boot", "")
 READY = m.Ready(RUN, WORKER, 0, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1)
 
@@ -61,10 +62,11 @@ def test_a_repeated_hello_is_welcomed_again() -> None:
     ("said", "code", "retry"),
     [
         (m.OtherVersion(m.NO_ID, OTHER, m.PROTOCOL_VERSION + 1), "version", False),
-        (hello(HELLO_HOST, incarnation=OTHER, pid=99), "name_taken", True),
+        (hello(HELLO_HOST, incarnation=OTHER, process=b"Q" * 16), "name_taken", True),
         (hello(HELLO_WORKER, incarnation=OTHER), "name_taken", True),
         (hello(HELLO_WORKER, incarnation=OTHER, host=OTHER), "unknown_host", True),
         (hello(HELLO_HOST, incarnation=OTHER, name="second", count=4096), "full", False),
+        (hello(HELLO_HOST, incarnation=OTHER, name="second", count=1), "full", False),  # the other one is here
     ],
 )
 def test_who_is_not_welcome_is_told_why(said: m.Message, code: str, retry: bool) -> None:
@@ -140,7 +142,7 @@ def test_the_own_host_cannot_fall_silent_and_cannot_be_replaced() -> None:
 
 def test_a_host_that_starts_over_replaces_itself_and_keeps_its_indices() -> None:
     peers = make()
-    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 0.0)
+    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", process=b"Q" * 16), 0.0)
     again = hello(HELLO_HOST, incarnation=b"N" * 16)
     assert peers.receive(b"h2", again, 1.0) == [
         Lost(WORKER, 1, "host started over"),
@@ -169,7 +171,7 @@ def test_a_worker_is_lost_once_however_many_say_so() -> None:
 
 def test_a_host_cannot_report_the_worker_of_another() -> None:
     peers = make()
-    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 0.0)
+    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", process=b"Q" * 16), 0.0)
     assert peers.receive(b"o", m.Gone(RUN, OTHER, WORKER, 1, "exit", 0, -1, "", ""), 1.0) == []
     assert WORKER in peers.workers
 
@@ -253,14 +255,49 @@ def test_what_a_beat_says_of_a_worker_is_kept_and_when_its_calls_moved() -> None
     assert (worker.phase, worker.moved) == ("wait", 2.0)
     beat(4.0, 8, "collect")
     assert worker.moved == 4.0
-    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99), 5.0)
+    peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", process=b"Q" * 16), 5.0)
     beat(6.0, 9, "adopt", OTHER, b"o")  # not its host
     assert (worker.phase, worker.moved) == ("collect", 4.0)
 
 
+@pytest.mark.parametrize("bound", [{"most_hosts": 3}, {"indices": range(12)}])
+def test_hosts_may_come_and_go_for_ever(bound: dict[str, Any]) -> None:
+    """What is remembered of those who left is bounded: who has been away for longest is forgotten first."""
+    peers = Peers(WELCOME, boot_id="boot", **bound)
+
+    def come(name: str, count: int = 4) -> list[Any]:
+        me = name.encode().ljust(16, b".")
+        return list(peers.receive(me, hello(HELLO_HOST, incarnation=me, name=name, process=me, count=count), 0.0))
+
+    def go(name: str) -> None:
+        me = name.encode().ljust(16, b".")
+        peers.receive(me, m.Fetch(RUN, me), 0.0)
+        peers.receive(me, m.Bye(RUN, me), 0.0)
+
+    def base(commands: list[Any]) -> int:
+        return welcomed(commands[-1:]).index_base  # type: ignore[attr-defined, no-any-return]
+
+    assert [base(come(name)) for name in "abc"] == [0, 4, 8]
+    assert rejection(come("d")) == ("full", False)  # all are here
+    for name in "bac":
+        go(name)
+    assert base(come("b")) == 4  # who comes back gets what it had
+    go("b")
+    assert come("d")[0] == Forget("a")
+    assert base(come("e")) == 8  # then that of c
+    assert rejection(come("f", 5)) == ("full", False)  # b kept fewer
+    assert base(come("f", 3)) == 4
+    assert {host.name for host in peers.hosts.values()} == {"d", "e", "f"}
+    for n in range(100):
+        go("d" if n == 0 else f"d{n - 1}")
+        assert base(come(f"d{n}")) == 0
+    assert len(peers._bases) == 3
+    assert len(peers._fetched) <= 3
+
+
 def test_a_host_without_workers_is_refused() -> None:
     peers = make()
-    other = hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99, count=0)
+    other = hello(HELLO_HOST, incarnation=OTHER, name="right", process=b"Q" * 16, count=0)
     assert rejection(peers.receive(b"o", other, 0.0)) == ("full", False)  # type: ignore[arg-type]
 
 
@@ -327,7 +364,7 @@ def test_a_newcomer_is_sent_on_and_nothing_is_kept_of_it() -> None:
 
     peers = Peers(WELCOME, boot_id="boot", redirect=redirect)
     assert isinstance(welcomed(peers.receive(b"h", HELLO_HOST, 0.0)), m.Welcome)
-    right = hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99)
+    right = hello(HELLO_HOST, incarnation=OTHER, name="right", process=b"Q" * 16)
     assert peers.receive(b"o", right, 1.0) == [
         Send(b"o", m.Reject(RUN, OTHER, "redirect", "another learner has fewer workers", True, "tcp://b:1"))
     ]
@@ -343,7 +380,7 @@ def test_who_was_here_before_is_not_sent_on_nor_who_starts_over() -> None:
     again = peers.receive(b"h2", hello(HELLO_HOST, incarnation=OTHER), 1.0)  # the same process
     assert isinstance(welcomed(again[-1:]), m.Welcome)
     peers.receive(b"h2", m.Bye(RUN, OTHER), 2.0)
-    assert isinstance(welcomed(peers.receive(b"h3", hello(HELLO_HOST, pid=12), 3.0)), m.Welcome)
+    assert isinstance(welcomed(peers.receive(b"h3", hello(HELLO_HOST, process=b"R" * 16), 3.0)), m.Welcome)
     assert places == ["tcp://b:1"]
 
 
@@ -364,6 +401,6 @@ def test_learners_of_one_run_give_out_indices_of_their_own() -> None:
     assert welcomed(peers.receive(b"h", HELLO_HOST, 0.0)) == dataclasses.replace(
         WELCOME, incarnation=HOST, index_base=1000
     )
-    more = hello(HELLO_HOST, incarnation=OTHER, name="right", pid=99)
+    more = hello(HELLO_HOST, incarnation=OTHER, name="right", process=b"Q" * 16)
     assert rejection(list(peers.receive(b"o", more, 0.0))) == ("full", False)
     assert isinstance(welcomed(peers.receive(b"o", dataclasses.replace(more, count=2), 0.0)), m.Welcome)

@@ -49,7 +49,7 @@ class Learner(RuleBasedStateMachine):
     def hello(self, role: str, **changes: Any) -> m.Hello:
         self.n += 1
         new = self.n.to_bytes(16, "big")
-        made = m.Hello(m.NO_ID, new, m.PROTOCOL_VERSION, role, f"h{self.n}", (), 1, "boot", m.NO_ID, 0, 0, 2)
+        made = m.Hello(m.NO_ID, new, m.PROTOCOL_VERSION, role, f"h{self.n}", (), m.NO_ID, "boot", m.NO_ID, 0, 0, 2)
         return dataclasses.replace(made, **changes)
 
     def say(self, peer: bytes, message: m.Message) -> list[Any]:

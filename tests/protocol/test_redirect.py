@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from zrl.protocol import messages as m
 from zrl.protocol.redirect import FORGOTTEN, MOST_SENT, RESERVED, SOON, Spread
 
-HELLO = m.Hello(m.NO_ID, b"H" * 16, m.PROTOCOL_VERSION, "host", "a", (), 10, "boot", m.NO_ID, 0, 0, 2)
+HELLO = m.Hello(m.NO_ID, b"H" * 16, m.PROTOCOL_VERSION, "host", "a", (), b"P" * 16, "boot", m.NO_ID, 0, 0, 2)
 URLS = ["tcp://zero", "tcp://one", "tcp://two"]
 
 

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from zrl.protocol.schedule import Command, Discard, Drop, FormBatch, Grant, Scheduler, Synchronous, scheduler
+from zrl.protocol.schedule import (
+    MOST_LEFT,
+    Command,
+    Discard,
+    Drop,
+    FormBatch,
+    Grant,
+    Scheduler,
+    Synchronous,
+    scheduler,
+)
 from zrl.protocol.slots import Fragment, Refused, Ring, Slot, SlotTable, Unmap
 
 
@@ -239,6 +249,22 @@ def test_what_a_worker_delivered_before_its_bye_stays() -> None:
     (formed,) = [c for c in s.ready(worker_id(1), 0, 1, 1) if isinstance(c, FormBatch)]
     assert [f.incarnation for f in formed.fragments] == [worker_id(0), worker_id(1)]
     assert s.batch_copied(formed.batch_id) == [Unmap(worker_id(0)), Grant(worker_id(1), 0, 1)]
+
+
+def test_rings_of_those_who_left_are_not_kept_without_bound() -> None:
+    table = SlotTable()
+    s = scheduler(table, n_per_batch=4, max_lag=None, n_workers=1)
+    for n in range(100):  # they come, deliver two fragments and go, and nobody takes a batch
+        s.worker_attached(worker_id(n), n, 3)
+        for k in range(2):
+            s.ready(worker_id(n), k, k + 1, 1)
+        s.gone(worker_id(n), clean=True)
+        table.audit()
+    kept = MOST_LEFT + 1
+    assert (len(table.rings), table.in_flight) == (kept, 2 * kept)
+    assert dict(table.dropped) == {"left": 200 - 2 * kept}
+    (formed,) = [c for c in s.batch_requested() if isinstance(c, FormBatch)]
+    assert {f.incarnation for f in formed.fragments} == {worker_id(0), worker_id(1)}
 
 
 def test_what_it_delivered_may_get_too_old() -> None:

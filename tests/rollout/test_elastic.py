@@ -44,7 +44,7 @@ class Client:
     def hello(self, socket: zmq.Socket[bytes], index: int = 0) -> None:
         role = "host" if socket is self.host else "worker"
         host = m.NO_ID if socket is self.host else self.ids[self.host]
-        head = (m.PROTOCOL_VERSION, role, self.name, (), os.getpid(), "", host, index, 0, int(socket is self.host))
+        head = (m.PROTOCOL_VERSION, role, self.name, (), m.NO_ID, "", host, index, 0, int(socket is self.host))
         socket.poll(10_000, zmq.POLLOUT)
         send(socket, encode(m.Hello(m.NO_ID, self.ids[socket], *head)))
 

@@ -36,9 +36,7 @@ def listening(*bind: str, keys: Path | None = None, insecure: bool = False) -> P
 
 
 def hello(name: str) -> m.Hello:
-    return m.Hello(
-        m.NO_ID, os.urandom(16), m.PROTOCOL_VERSION, "host", name, (), os.getpid(), boot_id(), m.NO_ID, 0, 0, 1
-    )
+    return m.Hello(m.NO_ID, os.urandom(16), m.PROTOCOL_VERSION, "host", name, (), m.NO_ID, boot_id(), m.NO_ID, 0, 0, 1)
 
 
 def test_tcp_wants_a_key_and_ipc_does_not(tmp_path: Path, keys: k.HostKeys) -> None:

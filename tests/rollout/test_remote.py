@@ -66,7 +66,7 @@ class Peer:
 def hello(role: str, **more: Any) -> m.Hello:
     given: dict[str, Any] = {"name": role, "host": m.NO_ID, "index": 0, "generation": 0, "count": 0, **more}
     ids = (m.NO_ID, os.urandom(m.ID_NBYTES))
-    return m.Hello(*ids, protocol=1, role=role, versions=(), pid=os.getpid(), boot_id="", **given)
+    return m.Hello(*ids, protocol=1, role=role, versions=(), process=m.NO_ID, boot_id="", **given)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import secrets
 import socket
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from zrl.nodes.supervisor import EXIT_FAILED, SupervisorOptions, supervise
 from zrl.train.allowed import Allowed
 
 EXIT_USAGE = 2
+MOST_NAME = 64  # bytes
 
 
 @click.command("worker")
 @click.option("--connect", "url", required=True, metavar="URL", help="the learner's address")
 @click.option("--count", type=click.IntRange(1, 4096), default=1, show_default=True, help="worker processes to keep")
-@click.option("--id", "name", default=None, help="name of this host  [default: machine and process]")
+@click.option(
+    "--id", "name", default=None,
+    help="name of this host: one that comes back under it gets its seeds again  [default: a new one]",
+)  # fmt: skip
 @click.option(
     "--import",
     "modules",
@@ -73,6 +78,8 @@ def worker_command(
     for module in modules:
         if not _exists(module):
             raise _failure(f"--import: no module {module!r} can be found here", EXIT_USAGE)
+    if name is not None and not 0 < len(name.encode()) <= MOST_NAME:
+        raise _failure(f"--id: expected 1 to {MOST_NAME} bytes, not {len(name.encode())}", EXIT_USAGE)
     try:
         kwargs = None if env_kwargs is None else value_of("env_kwargs", env_kwargs, "--env-kwargs")
         pair = host_keys_in(keys)
@@ -83,7 +90,7 @@ def worker_command(
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = SupervisorOptions(
         url=url,
-        name=(name or f"{socket.gethostname()}-{os.getpid()}")[:64],
+        name=name or new_name(),
         count=count,
         target="zrl.train.named:work",
         payload=Allowed(modules, kwargs),
@@ -103,6 +110,11 @@ def worker_command(
     except ZrlError as e:
         raise _failure(str(e), EXIT_FAILED) from e
     raise SystemExit(code)
+
+
+def new_name() -> str:
+    """One for this host, that no other has: containers of one image may share a machine's name, and pids."""
+    return f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def _check_plain(url: str, insecure: bool) -> None:

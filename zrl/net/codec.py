@@ -7,7 +7,6 @@ is a `ProtocolError`, and nothing else leaves `decode`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -18,6 +17,7 @@ from zrl.errors import ProtocolError
 from zrl.protocol.messages import (
     LARGE_HEADER,
     MESSAGES,
+    MOST_SECONDS,
     PROTOCOL_VERSION,
     Blob,
     Bool,
@@ -187,9 +187,9 @@ def _bool(kind: Bool) -> Check:
 
 def _seconds(kind: Seconds) -> Check:
     def check(x: Any) -> Any:
-        if type(x) is float and 0.0 <= x < math.inf:  # both are false for NaN
+        if type(x) is float and 0.0 <= x <= MOST_SECONDS:  # both are false for NaN
             return x
-        raise ValueError(f"expected a finite float of at least 0, found {_show(x)}")
+        raise ValueError(f"expected a float from 0 to {MOST_SECONDS:g}, found {_show(x)}")
 
     return check
 

@@ -5,7 +5,8 @@
 `settle` leaves the child with its log as output, one pipe for warnings and a traceback, and no descriptor of anybody
 else's. It dies with its zygote, which dies with the host. Ctrl-C in the terminal is the learner's business: SIGINT is
 ignored, and the child leads a process group of its own, so that its own children (an AsyncVectorEnv's) can be ended
-with it. SIGTERM ends it, SIGUSR1 writes all stacks into its log.
+with it. SIGHUP ends it: its zygote sends that. SIGTERM does, too, unless the target has a milder use for it. SIGUSR1
+writes all stacks into its log.
 """
 
 from __future__ import annotations
@@ -189,8 +190,8 @@ def settle(job: Job, still_blocked: Collection[signal.Signals]) -> None:
     _close_all_but(job.descriptors | {0, 1, 2})
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD):
+        signal.signal(signum, signal.SIG_DFL)
     _listen(job, still_blocked)
 
 

@@ -203,7 +203,7 @@ class Zygote:
     def close(self, deadline: float | None = None) -> None:
         """End all children and the zygote, and remove the run directory; idempotent. `events` tells how they ended.
 
-        Children get SIGTERM; SIGKILL after a third of the time; after two thirds the zygote gets SIGTERM, and SIGKILL
+        Children get SIGHUP; SIGKILL after a third of the time; after two thirds the zygote gets SIGUSR2, and SIGKILL
         after five sixths, of which its children die too.
 
         Args:
@@ -217,7 +217,7 @@ class Zygote:
         with contextlib.suppress(ProcessError):
             self._send(End(left / 3), timeout=left / 3)
         if not self._await_end(now + left * 2 / 3):
-            self.process.terminate()
+            self.process.send_signal(signal.SIGUSR2)
             if not self._await_end(now + left * 5 / 6):
                 self.process.kill()
         self._reap()

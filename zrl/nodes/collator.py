@@ -163,6 +163,7 @@ class Collator:
         self._history = History()
         self._recent = Recent()  # as of the last tick
         self._cores = cores()
+        self._most_steps = plan.n_steps * plan.n_columns  # of a fragment
         self._odd = 0
         self._warned = 0  # of what peers do, since the last tick
         self._run_dir = run_dir
@@ -547,12 +548,13 @@ class Collator:
         times.write += r.write
         times.reset += r.reset
         times.total += r.total
-        times.n_env_steps += r.n_env_steps
-        times.n_masked += max(0, self.plan.n_steps * self.plan.n_columns - r.n_env_steps)
+        taken = min(r.n_env_steps, self._most_steps)
+        times.n_env_steps += taken
+        times.n_masked += self._most_steps - taken
         self.waited += r.wait
         host = self._of_hosts.setdefault(self.peers.workers[r.incarnation].host.name, _HostCounts())
         host.fragments += 1
-        host.env_steps += r.n_env_steps
+        host.env_steps += taken
         host.seconds += time.monotonic() - self._granted_at[r.incarnation].pop(r.slot)
 
     def _inspect(self, c: p.Inspect) -> None:
@@ -604,6 +606,9 @@ class Collator:
     def _host_lost(self, c: p.HostLost) -> None:
         logger.info("host %s is gone: %s", m.printable(c.name), c.reason)
 
+    def _forget(self, c: p.Forget) -> None:
+        self._of_hosts.pop(c.name, None)
+
     _DO: dict[type[Any], Callable[[Collator, Any], None]] = {  # noqa: RUF012 - never changed
         s.Grant: _grant,
         s.FormBatch: _form,
@@ -616,6 +621,7 @@ class Collator:
         p.SendWeights: _send_weights,
         p.Lost: _lost,
         p.HostLost: _host_lost,
+        p.Forget: _forget,
     }
 
     def _to(self, peer: bytes, message: m.Message) -> None:

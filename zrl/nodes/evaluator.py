@@ -6,7 +6,7 @@
     results file, line by line  ◄── appends ─  play a fixed number of episodes
 
 It never waits for the learner nor the learner for it: versions that come and go while it plays are never seen here.
-Page and end are those of a worker (`zrl.nodes.worker`), but SIGTERM closes the environments first.
+Page and end are those of a worker (`zrl.nodes.worker`), but SIGHUP closes the environments first.
 """
 
 from __future__ import annotations
@@ -98,13 +98,14 @@ class Line:
 
 
 def main(recipe: EvaluatorRecipe, job: EvaluatorJob) -> None:
-    """The life of an evaluator; ends with its zygote, or by SIGTERM.
+    """The life of an evaluator; ends with its zygote, or by SIGHUP.
 
     Raises:
         RecordError, WeightsError, SharedMemoryError: environment, actor or memory will not do.
-        SystemExit: SIGTERM came.
+        SystemExit: SIGHUP came.
     """
-    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit())
+    for signum in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(signum, lambda *_: sys.exit())
     os.nice(NICENESS)
     with contextlib.ExitStack() as opened:
         page = opened.enter_context(Page.attach(job.page, job.incarnation))

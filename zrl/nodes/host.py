@@ -8,6 +8,7 @@ a child                       what its host does                                
 ============================  ========================================================  ==================
 ended by itself or a signal   says Gone, starts another                                 one used
 lost its connection           says Gone, starts another                                 none used
+left, on SIGTERM              says Gone, starts another                                 none used
 the same before 1st Ready     the same                                                  one used
 stands still in an env call   dumps its stacks into its log, kills it; as above         one used
 revoked by the learner        kills it; as above                                        one used
@@ -133,6 +134,7 @@ class Host:
     ) -> None:
         self.name, self.count = name, count
         self.incarnation = m.NO_ID
+        self._process = os.urandom(m.ID_NBYTES)  # a pid is another process's in another container
         self.kids: dict[bytes, Kid] = {}
         self.n_started = self.n_replaced = 0
         self._zygote, self._loop, self._near = zygote, loop, near
@@ -163,7 +165,7 @@ class Host:
             role="host",
             name=self.name,
             versions=(f"python {sys.version_info[0]}.{sys.version_info[1]}",),
-            pid=os.getpid(),
+            process=self._process,
             boot_id=boot_id() if self._near else "",
             host=m.NO_ID,
             index=0,
@@ -291,7 +293,8 @@ class Host:
 
     def _watch(self, kid: Kid, now: float) -> None:
         progress = self._look(kid)
-        if (progress.calls, progress.phase) != (kid.progress.calls, kid.progress.phase):
+        before = kid.progress
+        if (progress.calls, progress.phase, progress.looks) != (before.calls, before.phase, before.looks):
             kid.since = now
         kid.progress = progress
         if progress.sent:
@@ -350,7 +353,7 @@ class Host:
             self._tell(gone)
         if self._stopping:
             return
-        if gone.cause == "disconnected" and kid.index in self._proven:
+        if gone.cause == "drained" or (gone.cause == "disconnected" and kid.index in self._proven):
             self._restart(kid, self._patience.first_delay, gone)
             return
         if kid.index not in self._proven and gone.cause not in ("revoked", "disconnected"):
@@ -374,7 +377,7 @@ class Host:
         if kid.cause and ended.signal in (signal.SIGKILL, signal.SIGTERM):  # else it was faster than our signal
             cause = kid.cause
         elif ended.code == 0:
-            cause = "drained" if self._stopping else "exit"
+            cause = "drained" if self._stopping or kid.progress.phase is Phase.DRAIN else "exit"
         elif ended.code == CONNECTION_ENDED and kid.progress.phase is Phase.CUT_OFF:
             cause = "disconnected"
         elif ended.signal is not None:

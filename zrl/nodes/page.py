@@ -10,7 +10,8 @@
      88  releases     u64       Releases received                          │
      96  blame        u64       1 + column of the environment that raised  ┘
     104  leave        u64       1: the child is to finish what it has in hand, and leave; stored by the host
-    112  (unused up to 4096)
+    112  looks        u64       times that it has looked for weights that are still on their way; stored by the child
+    120  (unused up to 4096)
 
 Words are native and aligned, each stored and loaded whole: a reader sees an old value or a new one, never half of each.
 Words are not consistent with one another, and nobody needs them to be: the host looks for words that stand still.
@@ -30,10 +31,10 @@ from zrl.data.memory import Memory, MemoryAddress, check_header, check_id
 from zrl.errors import SharedMemoryError
 
 MAGIC = b"zrl.page"
-LAYOUT = 2
+LAYOUT = 3
 NBYTES = 4096
 _HEADER = struct.Struct("=8sQ16s")
-_CALLS, _PHASE, _SENT, _RELEASES, _BLAME, _LEAVE = range(8, 14)  # words of 8 bytes
+_CALLS, _PHASE, _SENT, _RELEASES, _BLAME, _LEAVE, _LOOKS = range(8, 15)  # words of 8 bytes
 
 
 class Phase(enum.IntEnum):
@@ -48,14 +49,15 @@ class Phase(enum.IntEnum):
 
 
 class Progress(NamedTuple):
-    """A look at a page: environment calls done, phase, last sequence number sent, Releases received, and the column of
-    the environment that ended the child, -1 if none did."""
+    """A look at a page: environment calls done, phase, last sequence number sent, Releases received, the column of the
+    environment that ended the child, -1 if none did, and how often it has looked for weights."""
 
     calls: int
     phase: Phase
     sent: int
     releases: int
     blamed: int
+    looks: int = 0
 
 
 class Page:
@@ -117,6 +119,10 @@ class Page:
         """One more Release was received."""
         self._words[_RELEASES] += 1
 
+    def count_look(self) -> None:
+        """The weights that a grant calls for have not come yet."""
+        self._words[_LOOKS] += 1
+
     def blame(self, column: int) -> None:
         """The environment of this column raised; -1: the one that was probed, or the factory itself."""
         self._words[_BLAME] = column + 1
@@ -136,7 +142,7 @@ class Page:
         """
         calls, phase, sent, releases, blame = self._words[_CALLS : _BLAME + 1]
         try:
-            return Progress(calls, Phase(phase), sent, releases, blame - 1)
+            return Progress(calls, Phase(phase), sent, releases, blame - 1, self._words[_LOOKS])
         except ValueError:
             raise SharedMemoryError(f"page: phase: expected 0 to {max(Phase)}, found {phase}") from None
 

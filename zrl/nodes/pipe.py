@@ -110,7 +110,7 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """End all children, SIGTERM first and SIGKILL after `grace` seconds, then the zygote."""
+    """End all children, SIGHUP first and SIGKILL after `grace` seconds, then the zygote."""
 
     grace: float
 

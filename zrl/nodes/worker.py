@@ -7,7 +7,7 @@
 Its incarnation lasts as long as its connection. What ends it, and how its host hears of that:
 
 ===============================  ======================================================
-Drain, its host that leaves      status 0, after the fragment in hand, Bye and ByeAck
+Drain, SIGTERM, its host leaves  status 0, after the fragment in hand, Bye and ByeAck
 connection lost, HelloAgain      status `CONNECTION_ENDED`: its host starts another
 an exception                     status 1, the traceback through the zygote's pipe; the
                                  column of the environment to blame on the page
@@ -18,7 +18,7 @@ the host's or the zygote's end   SIGKILL from the kernel
 from __future__ import annotations
 
 import contextlib
-import os
+import signal
 import sys
 import time
 from collections import deque
@@ -121,6 +121,7 @@ class _Worker:
         self._grants: deque[m.Release] = deque()
         self._n_slots = 0  # of the ring
         self._draining = False
+        self._told_to_leave = False  # by SIGTERM
         self._version = 0
         self._seq = 0
 
@@ -136,9 +137,15 @@ class _Worker:
         ctx.columns.calls = self.page.calls
         ctx.streams.stay()
         slots, payloads = self._attach(ctx.spec, welcome.n_slots)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         while (grant := self._next_grant()) is not None and self._adopt(grant.least_version):
             self._deliver(ctx, slots[grant.slot], grant, payloads[grant.slot], debug=recipe.debug)
         self._leave()
+
+    def _on_sigterm(self, signum: int, frame: object) -> None:
+        """Whoever ends a container or a service tells all of its processes. The second one kills."""
+        self._told_to_leave = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # ── the start ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -151,7 +158,7 @@ class _Worker:
             role="worker",
             name=job.name,
             versions=(f"python {sys.version_info[0]}.{sys.version_info[1]}", f"torch {torch.__version__}"),
-            pid=os.getpid(),
+            process=job.incarnation,
             boot_id=boot_id(),
             host=job.host,
             index=job.index,
@@ -234,7 +241,7 @@ class _Worker:
     @property
     def _leaving(self) -> bool:
         """Whether the learner or the host has no use for another fragment."""
-        return self._draining or self.page.leave
+        return self._draining or self._told_to_leave or self.page.leave
 
     def _take(self, message: m.Message) -> None:
         """A message that nobody waits for in particular; of another incarnation, it is ignored."""
@@ -306,6 +313,7 @@ class _Worker:
             if self._version >= least or self._leaving:
                 return self._version >= least
             self.page.enter(Phase.ADOPT)
+            self.page.count_look()
             message = self.link.receive(ADOPT_POLL)
             if message is not None:
                 self._take(message)

@@ -11,8 +11,10 @@ sockets but one end of a pair. It never unpickles or imports anything of the use
 One loop sleeps in poll() and has nothing to time but the ends that it announced. A child's traceback is read from its
 pipe before its end is reported, so that it cannot be overtaken. The loop never blocks on a host that does not read.
 
-When the host closes its end, or dies, all children get SIGTERM, SIGKILL shortly after, the run directory is removed,
-and the zygote ends. In mode "spawn" a forked child becomes a fresh interpreter at once; all else is the same.
+When the host closes its end, or dies, all children get SIGHUP, SIGKILL shortly after, the run directory is removed,
+and the zygote ends. SIGTERM is not for it: who ends a service or a container sends it to every process, and workers
+then finish what they have in hand. In mode "spawn" a forked child becomes a fresh interpreter at once; all else is the
+same.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from zrl.nodes.pipe import (
     frame,
 )
 
-GRACE = 0.5  # seconds between SIGTERM and SIGKILL, when nobody said how long: host and children gone within two
+GRACE = 0.5  # seconds between SIGHUP and SIGKILL, when nobody said how long: host and children gone within two
 FINAL = 1.0  # seconds that a killed process may take to go before we leave it to init
 
 
@@ -245,7 +247,7 @@ class Zygote:
         end_at = time.monotonic() + grace
         if self._end_at is None:
             for pid in self._kids:
-                self._send_signal(pid, signal.SIGTERM)
+                self._send_signal(pid, signal.SIGHUP)
         self._end_at = end_at if self._end_at is None else min(self._end_at, end_at)
 
     def _enforce(self, now: float) -> None:
@@ -273,7 +275,7 @@ class Zygote:
 
     def _signalled(self, fd: int) -> None:
         """A child ended, which the loop looks after, or we are to."""
-        if signal.SIGTERM in os.read(fd, 1 << 12):
+        if signal.SIGUSR2 in os.read(fd, 1 << 12):
             self._end(GRACE)
 
     def last_words(self) -> None:
@@ -300,7 +302,7 @@ def _wake_on_signals() -> int:
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for signum in (signal.SIGCHLD, signal.SIGTERM):
+    for signum in (signal.SIGCHLD, signal.SIGUSR2):
         signal.signal(signum, lambda *_: None)  # without a handler of Python's nothing is written
     return reader
 
@@ -333,6 +335,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.argv[1] == "--one":
         child.resume(int(sys.argv[2]))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     host = socket.socket(fileno=int(sys.argv[1]))
     unframer = Unframer()
     start, more = _first_message(host, unframer)

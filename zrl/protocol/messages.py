@@ -23,6 +23,7 @@ LARGE_HEADER = 64 << 10  # bytes: the messages that carry a specification, a tra
 
 _MOST_SLOTS = (1 << 16) - 1
 _MOST_COUNT = (1 << 63) - 1
+MOST_SECONDS = 1e9  # 31 years: sums of them stay finite
 _MOST_TEXT = 60_000  # bytes of a traceback: leaves room for the other fields of a large header
 
 
@@ -41,7 +42,7 @@ class Bool:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """A finite float of at least 0; a whole number is none."""
+    """A float from 0 to `MOST_SECONDS`; a whole number is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +151,9 @@ class Message:
 class Hello(Message):
     """Host or worker → learner, first of all. The fields up to `protocol` stay as they are in every version.
 
-    `host` is the incarnation of the worker's host, zeros in a host's own Hello; `index` is that of the worker in the
-    run, `generation` counts its restarts; `count` is how many workers a host will keep, 0 in a worker's Hello.
+    `process` are random bytes that the sender's process keeps for its life. `host` is the incarnation of the worker's
+    host, zeros in a host's own Hello; `index` is that of the worker in the run, `generation` counts its restarts;
+    `count` is how many workers a host will keep, 0 in a worker's Hello.
     """
 
     TAG: ClassVar[int] = 1
@@ -159,7 +161,7 @@ class Hello(Message):
     role: str = _is(Choice(ROLES))
     name: str = _is(Text(64))
     versions: tuple[str, ...] = _is(Texts(16, 64))
-    pid: int = _is(Int(0, 1 << 31))
+    process: bytes = _id()
     boot_id: str = _is(Text(64))
     host: bytes = _id()
     index: int = _is(Int(0, _MOST_SLOTS))

@@ -78,7 +78,14 @@ class HostLost:
     reason: str
 
 
-Command = Send | Inspect | Deliver | SendWeights | Lost | HostLost
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The name of this host, which has been away for long, is remembered no more: another has its indices."""
+
+    name: str
+
+
+Command = Send | Inspect | Deliver | SendWeights | Lost | HostLost | Forget
 
 
 @dataclass(slots=True)
@@ -88,8 +95,7 @@ class Host:
     peer: bytes
     incarnation: bytes
     name: str
-    pid: int
-    boot_id: str
+    process: bytes
     local: bool
     base: int
     count: int
@@ -145,7 +151,8 @@ class Peers:
         boot_id: of this machine; a host with the same is local.
         local_silence: seconds after which a silent local host is lost.
         remote_silence: seconds, for the others.
-        most_hosts: names of hosts that are remembered, and so hosts; more are refused.
+        most_hosts: names of hosts that are remembered, and so hosts; for another one, a name is forgotten whose host is
+            away, or it is refused.
         indices: that workers may have. Learners of one run share a seed and have disjoint ones, so that no two
             environments of theirs begin alike.
         redirect: whether a new host is to go to another learner; None: all stay.
@@ -177,7 +184,7 @@ class Peers:
         self._silence = {True: local_silence, False: remote_silence}
         self._most_hosts = most_hosts
         self._peers: dict[bytes, Host | Worker] = {}  # by routing id
-        self._bases: dict[str, tuple[int, int]] = {}  # name -> (index base, count), for the whole run
+        self._bases: dict[str, tuple[int, int]] = {}  # name -> (index base, count); who left last stands last
         self._fetched: dict[str, float] = {}  # name -> when it was last sent weights
         self._next_base, self._end_of_indices = indices.start, indices.stop
         self._redirect = redirect
@@ -231,18 +238,17 @@ class Peers:
         commands: list[Command] = []
         twin = next((h for h in self.hosts.values() if h.name == hello.name), None)
         if twin is not None:
-            if (twin.pid, twin.boot_id) != (hello.pid, hello.boot_id) or twin.peer == OWN:
+            if twin.process != hello.process or twin.peer == OWN:
                 return self._reject(peer, hello, "name_taken", f"a host {hello.name!r} is alive", retry=True)
             commands = self._lose_host(twin, "started over")  # the same process: its old connection is no more
         elif url := self._elsewhere(peer, hello, now):
             return self._reject(peer, hello, "redirect", "another learner has fewer workers", retry=True, url=url)
-        base = self._base_of(hello.name, hello.count)
+        base, forgotten = self._base_of(hello.name, hello.count)
+        commands += forgotten
         if base is None:
             return [*commands, *self._reject(peer, hello, "full", "no room for more workers")]
         local = peer == OWN or (bool(self._boot_id) and hello.boot_id == self._boot_id)
-        host = Host(
-            peer, hello.incarnation, hello.name, hello.pid, hello.boot_id, local, base, hello.count, deadline=0.0
-        )
+        host = Host(peer, hello.incarnation, hello.name, hello.process, local, base, hello.count, deadline=0.0)
         host.deadline = self._deadline(host, now)
         self._step(host, Event.HELLO)
         self._peers[peer] = self.hosts[host.incarnation] = host
@@ -405,6 +411,8 @@ class Peers:
         lost: list[Command] = [self._lose_worker(w, why, Event.LOSE) for w in list(host.workers.values())]
         self._step(host, event)
         del self._peers[host.peer], self.hosts[host.incarnation]
+        if host.name in self._bases:
+            self._bases[host.name] = self._bases.pop(host.name)
         return [*lost, HostLost(host.incarnation, host.name, reason)]
 
     def _welcome(self, peer: Host | Worker) -> Send:
@@ -426,13 +434,23 @@ class Peers:
     def _deadline(self, host: Host, now: float) -> float:
         return now + self._silence[host.local]
 
-    def _base_of(self, name: str, count: int) -> int | None:
-        """First index of a host's workers. A name that comes back gets its indices, and so its seeds, again."""
+    def _base_of(self, name: str, count: int) -> tuple[int | None, list[Command]]:
+        """First index of a host's workers; None: no room. A name that comes back gets its indices, and so its seeds,
+        again. Where all are given away a new name gets those of the one that has been away for longest."""
         base, reserved = self._bases.get(name, (0, -1))
         if count <= reserved:
-            return base
-        if count < 1 or len(self._bases) >= self._most_hosts or self._next_base + count > self._end_of_indices:
-            return None
-        base, self._next_base = self._next_base, self._next_base + count
-        self._bases[name] = (base, count)
-        return base
+            return base, []
+        if count < 1:
+            return None, []
+        if len(self._bases) < self._most_hosts and self._next_base + count <= self._end_of_indices:
+            base, self._next_base = self._next_base, self._next_base + count
+            self._bases[name] = (base, count)
+            return base, []
+        here = {host.name for host in self.hosts.values()}
+        away = (n for n, (_, least) in self._bases.items() if n not in here and least >= count)
+        oldest = next(away, None)
+        if oldest is None:
+            return None, []
+        self._fetched.pop(oldest, None)
+        self._bases[name] = self._bases.pop(oldest)
+        return self._bases[name][0], [Forget(oldest)]

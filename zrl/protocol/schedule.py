@@ -57,6 +57,8 @@ class Discard:
     batch_id: int
 
 
+MOST_LEFT = 16  # rings of those who left that are kept for what is in them, besides as many as there are live ones
+
 Command = Grant | FormBatch | Drop | Discard | Unmap
 
 
@@ -128,12 +130,23 @@ class Scheduler:
         if self.slots.books(incarnation) is None:  # it never attached, or went before
             return []
         commands: list[Command] = []
+        if clean and not self._may_stay():
+            for fragment in [f for f in self._queue if f.incarnation == incarnation]:
+                self._queue.remove(fragment)
+                self.slots.drop(fragment, "left")
+                commands.append(Drop(fragment, "left"))
         if not clean:
             commands += [Drop(f, reason) for f in self._queue if f.incarnation == incarnation]
             self._queue = deque(f for f in self._queue if f.incarnation != incarnation)
         self._left(incarnation, clean)
         unmap = self.slots.gone(incarnation, reason, clean=clean)
         return [*commands, *([unmap] if unmap else []), *self._go_on()]
+
+    def _may_stay(self) -> bool:
+        """Whether what a worker delivered before it left may wait for its batch, in the whole ring that it is in:
+        workers may come and go for as long as the learner takes no batch."""
+        live = sum(1 for _ in self.slots.live())
+        return len(self.slots.rings) - live < live + MOST_LEFT
 
     def published(self, version: int) -> list[Command]:
         """These weights are on the board. Whoever put them there has told the books before (`SlotTable.newest`): a
@@ -346,6 +359,9 @@ class Synchronous(Scheduler):
     def _granted(self) -> set[int]:
         """Workers with a place that is granted."""
         return {self.slots.rings[incarnation].worker for incarnation, _ in self._places}
+
+    def _may_stay(self) -> bool:
+        return True  # each has its place in the batch, and there is no other one
 
     @property
     def _under_way(self) -> bool:
