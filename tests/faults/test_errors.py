@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.faults.world import (
     B,
@@ -141,6 +142,64 @@ def test_later_failures_are_replaced_until_the_budget_is_spent(
         if trouble == "raise":
             assert caught.value.env_index in range(B)
             assert "ValueError: told to fail" in caught.value.remote_traceback
+
+
+def test_an_environment_that_fails_is_made_anew_before_its_worker_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the cost of the fragment in hand: the worker goes on, and so do its other environments, with new episodes."""
+    impatient(monkeypatch, rebuilds=2, restarts=0)
+    with rolling(stamps(tmp_path), n=1, k=2, p=1, log_dir=tmp_path) as it:
+        first = next(it).state.obs[0].clone()
+        pid = pid_of(kid_of(it, 0))
+        for n in (1, 2):
+            tell(tmp_path, "once", pid)
+            batch = next(batch for batch in it if (batch.state.obs[0, :, 0] != first[:, 0]).any())
+            s = batch.state
+            assert (s.obs[0, :, 0] != first[:, 0]).tolist() == [True, False]  # the first column to step fails
+            assert s.obs[0, 0, 1] == 0
+            assert torch.equal(s.obs[1:, :, 1], s.obs[:-1, :, 1] + 1)  # nothing is missing within the fragment
+            assert s.fin[0].all()
+            assert s.term[0].all()
+            assert not s.rew[0].any()
+            assert batch.mask.all()
+            assert not [e for e in batch.episodes if e.length > 7]
+            stats = audit(it)
+            assert (stats["rebuilt"], stats["replaced"], stats["losses"]) == (n, 0, {})
+            first = s.obs[0].clone()
+        assert pid_of(kid_of(it, 0)) == pid
+        assert (
+            sum("environment 0 is made anew" in r.message and "told to fail" in r.message for r in caplog.records) == 2
+        )
+        tell(tmp_path, "raise", pid)
+        with pytest.raises(WorkerError, match="told to fail") as caught:  # the third within 300 s
+            for _ in it:
+                pass
+        assert (caught.value.worker, caught.value.env_index, caught.value.at_start) == (0, 0, False)
+        assert "told to fail" in (tmp_path / "worker-0.log").read_text()
+
+
+class FailsToBeMadeAnew(StampEnv):
+    made = 0
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        FailsToBeMadeAnew.made += 1
+        if FailsToBeMadeAnew.made == B + 2:  # after the one that is probed and those of the columns
+            raise RuntimeError("no more of these")
+
+
+def test_a_new_environment_that_cannot_be_made_counts_as_another_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    impatient(monkeypatch, rebuilds=2, restarts=0)
+    with rolling(functools.partial(FailsToBeMadeAnew, str(tmp_path)), n=1, k=2, p=1, log_dir=tmp_path) as it:
+        next(it)
+        tell(tmp_path, "once", pid_of(kid_of(it, 0)))
+        batch = next(batch for batch in it if audit(it)["rebuilt"])
+        assert audit(it)["rebuilt"] == 2
+        assert batch.mask.all()
+        assert "no more of these" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ def _raise(path: str) -> None:
     raise ValueError("told to fail")
 
 
+def _raise_once(path: str) -> None:
+    os.unlink(path)
+    _raise(path)
+
+
 def _exit(path: str) -> None:
     sys.exit(int(Path(path).read_text() or 0))
 
@@ -104,6 +109,7 @@ TROUBLES: dict[str, Callable[[str], None]] = {
     "hold": _hold,
     "gil": _hang_with_the_gil,
     "raise": _raise,
+    "once": _raise_once,
     "exit": _exit,
     "abort": _abort,
 }
@@ -147,7 +153,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch, *, silence: float = 5.0, **change
     monkeypatch.setattr("zrl.nodes.host.TICK", 0.1)
     monkeypatch.setattr("zrl.nodes.collator.TICK", 0.1)
     monkeypatch.setattr("zrl.nodes.collator.p.Peers", functools.partial(Peers, local_silence=silence))
-    settings = {"first_delay": 0.02, "restarts": 1000, "most_delay": 0.1, **changes}
+    settings = {"first_delay": 0.02, "restarts": 1000, "rebuilds": 0, "most_delay": 0.1, **changes}
     monkeypatch.setattr("zrl.rollout.local.Patience", functools.partial(Patience, **settings))
 
 

@@ -248,7 +248,8 @@ def _what_went_wrong(status: Mapping[str, Any]) -> str:
         found = [(escaped(reason), n) for reason in reasons if (n := _number(reasons, reason))]
         if found:
             parts.append(f"{name}: {', '.join(f'{n:,.0f} {reason}' for reason, n in found[:8])}")
-    for name, n in (("fragments lost", _number(fragments, "lost")), ("replaced", _number(status, "replaced"))):
+    lost = ("fragments lost", _number(fragments, "lost"))
+    for name, n in (lost, *((name, _number(status, name)) for name in ("replaced", "rebuilt"))):
         if n:
             parts.append(f"{name}: {n:,.0f}")
     return "   ".join(parts)

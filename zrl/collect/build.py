@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from zrl.collect.encoding import is_encoded
 from zrl.collect.envs import Columns, PlainColumns
 from zrl.collect.probe import first_actions, fragment_spec, probe_actor
 from zrl.collect.setup import set_up
-from zrl.collect.spaces import Environments, EnvLayout, check_alike, make_env, probe_env
-from zrl.collect.streams import RandomStreams, env_seeds, setup_generator
+from zrl.collect.spaces import Environments, EnvLayout, Factory, check_alike, make_env, probe_env
+from zrl.collect.streams import RandomStreams, env_seeds, seed_of_new, setup_generator
 from zrl.collect.vector import VectorColumns
 from zrl.collect.vector_probe import check_pool_seeds, check_vector, holds_pool, is_vector, probe_vector
 from zrl.errors import ConfigError
@@ -98,6 +98,8 @@ def build(factory: Environments, actor: BaseActorModule, options: CollectOptions
             action_bounds=[] if is_encoded(layout.action_space) else action_bounds(layout.act),
         )
         made.pop_all()
+    if isinstance(columns, PlainColumns) and callable(factory):
+        ctx.remake = _remaker(factory, columns, o)
     if o.debug:
         checked = CheckedStep(actor)
         ctx.step, ctx.value = checked, checked.value
@@ -150,6 +152,14 @@ def _columns(
             raise ConfigError(ANOTHER_KIND)
     _check_new(scratch, *envs)
     return layout, PlainColumns(envs, layout, own, times, debug=o.debug)
+
+
+def _remaker(factory: Factory, columns: PlainColumns, o: CollectOptions) -> Callable[[int, int], None]:
+    def remake(j: int, k: int) -> None:
+        seed = seed_of_new(o.entropy, o.index, o.generation, o.n_columns + 1, j, k)
+        columns.replace(j, make_env(factory, seed, j), seed)
+
+    return remake
 
 
 def _vector(

@@ -114,6 +114,7 @@ class Context:
         returns: float64 ``[B]``, reward so far of the running episodes.
         starts: int64 ``[B]``, number of the step with which they began.
         clock: steps taken by a column since the start.
+        remake: puts a new environment in the place of column j, the k-th one that is made anew; None: nobody can.
         step, value: ``actor.step`` and ``actor.value``, or the same with checks around them.
         read: the actor's inputs from a row, on the actor's device.
         write: the actor's outputs into the record.
@@ -141,6 +142,7 @@ class Context:
     resets: bool = dataclasses.field(init=False)
     cut: CutEpisodes = dataclasses.field(init=False)
     clock: int = 0
+    remake: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         self.n_steps = self.spec.n_steps

@@ -112,7 +112,8 @@ class PlainColumns:
         # only a few small arrays at hand for new ones, and a whole row given up at once is more than that.
         self._observations: list[Any] = [None] * self.n
         self._raw_rewards: list[Any] = [None] * self.n
-        self._seeds = list(seeds)
+        self._seeds: list[int | None] = list(seeds)
+        self._layout = layout
         self._times = times
         self._debug = debug
         self._write_obs = obs_writer(layout.obs, layout.observation_space, self.n, debug=debug)
@@ -129,6 +130,25 @@ class PlainColumns:
             shorten(env)
         self._seeds = []
         self._steps = [env.step for env in self._envs]
+
+    def replace(self, j: int, env: Any, seed: int) -> None:
+        """Put `env` in the place of column `j`; `reset` comes next, with this seed for it. The old one is closed.
+
+        Raises:
+            EnvError: no environment, or one with other spaces; it is closed.
+        """
+        try:
+            check_env(env, j)
+            check_alike(env, self._layout, j)
+        except EnvError:
+            with contextlib.suppress(Exception):
+                env.close()
+            raise
+        with contextlib.suppress(Exception):  # it is broken
+            self._envs[j].close()
+        self._envs[j] = env
+        self._seeds = [None] * self.n
+        self._seeds[j] = seed
 
     def step(self, row: Row, nxt: Row) -> Ends | None:
         actions = self._read_actions(nxt.act)

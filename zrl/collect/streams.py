@@ -21,6 +21,7 @@ import torch
 SEED_BITS = 31  # what every environment takes: some pass their seed on as an int32
 N_SEEDS = 1 << SEED_BITS
 ROUNDS = 4  # of the permutation
+MOST_WORKERS = 1 << 16  # indices of workers are below
 
 
 def _words(entropy: int, index: int, generation: int, stream: int, n: int) -> list[int]:
@@ -41,6 +42,12 @@ def env_seeds(entropy: int, index: int, generation: int, n: int) -> list[int]:
         n: number of environments that a worker makes, the same for all workers of the run.
     """
     return _permuted(entropy, block(index, generation) * n, n)
+
+
+def seed_of_new(entropy: int, index: int, generation: int, n: int, column: int, k: int) -> int:
+    """Seed of the environment that takes the place of the one in `column`, as the `k`-th one, from 1, that this worker
+    makes anew in this life of it: that of a worker with an index that none has."""
+    return env_seeds(entropy, index + k * MOST_WORKERS, generation, n)[column]
 
 
 def evaluation_seeds(entropy: int, n: int) -> list[int]:

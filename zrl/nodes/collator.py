@@ -154,6 +154,7 @@ class Collator:
         self._rings = Rings(plan.n_steps, plan.n_columns, plan.slots_of, plan.max_fragment_bytes, self.feed)
         self.times = StageTimes()
         self.waited = 0.0  # seconds that workers waited for slots
+        self.rebuilt = 0  # environments that were made anew, each at the cost of a fragment
         self.losses: Counter[str] = Counter()
         self.stale: Counter[int] = Counter()  # fragments dropped as too old, by worker: the stragglers
         self.learner = Learner()
@@ -552,6 +553,7 @@ class Collator:
         times.n_env_steps += taken
         times.n_masked += self._most_steps - taken
         self.waited += r.wait
+        self.rebuilt += r.rebuilt
         host = self._of_hosts.setdefault(self.peers.workers[r.incarnation].host.name, _HostCounts())
         host.fragments += 1
         host.env_steps += taken
@@ -667,6 +669,7 @@ class Collator:
             "workers": len(list(slots.live())),
             "hosts": len(self.peers.hosts),
             "replaced": self._host.n_replaced if self._host is not None else 0,
+            "rebuilt": self.rebuilt,
             "losses": dict(self.losses),
             "regranted": self.scheduler.n_regranted,
             "stale": {worker: n for worker, n in self.stale.items() if n},

@@ -59,12 +59,14 @@ class Patience:
         stall: seconds without a finished call of an environment while a fragment is made.
         start: seconds until the environments are built.
         restarts: how many a worker gets within `window` seconds.
-        first_delay, most_delay: seconds before a restart; doubling from the one to the other.
+        rebuilds: how many environments of a column a worker makes anew within as many seconds, before it fails itself.
+        first_delay, most_delay: seconds before either; doubling from the one to the other.
     """
 
     stall: float = 60.0
     start: float = 300.0
     restarts: int = 5
+    rebuilds: int = 5
     window: float = 300.0
     first_delay: float = 0.5
     most_delay: float = 30.0
@@ -143,7 +145,7 @@ class Host:
         self._by_serial: dict[int, Kid] = {}
         self._kills_for_memory = kills_for_memory()
         self._proven: set[int] = set()  # indices that have sent a Ready in this run
-        self._restarts = self._new_budget()
+        self._restarts = self._new_budget(patience.restarts)
         self._waiting: dict[int, asyncio.TimerHandle] = {}  # restarts that are due, by index
         self._run: RunInfo | None = None
         self.run_id = m.NO_ID
@@ -184,7 +186,7 @@ class Host:
         self._stopping = False
         self._proven.clear()
         self._warnings.clear()
-        self._restarts = self._new_budget()
+        self._restarts = self._new_budget(self._patience.restarts)
         if run.run_id != self.run_id:
             self.run_id = run.run_id
             self._generations.clear()
@@ -272,6 +274,7 @@ class Host:
             board_nbytes=run.board_nbytes,
             keys=run.keys,
             shm=run.shm,
+            rebuilds=self._new_budget(self._patience.rebuilds),
         )
         try:
             child = self._zygote.fork(name, (job,))
@@ -429,9 +432,9 @@ class Host:
             timer.cancel()
         self._waiting.clear()
 
-    def _new_budget(self) -> Restarts:
+    def _new_budget(self, most: int) -> Restarts:
         p = self._patience
-        return Restarts(p.restarts, p.window, p.first_delay, p.most_delay)
+        return Restarts(most, p.window, p.first_delay, p.most_delay)
 
 
 def _in_words(gone: m.Gone) -> str:

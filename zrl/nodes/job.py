@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zrl.data.memory import MemoryAddress
+from zrl.protocol.restarts import Restarts
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class WorkerJob:
         board_digest, board_nbytes: of the weights' manifest.
         shm: whether its ring is made such that the learner can open it.
         keys: path of its host's key files, see `zrl.net.keys.HostKeys`; empty: none.
+        rebuilds: budget of environments that it may make anew, by column.
     """
 
     url: str
@@ -31,3 +33,4 @@ class WorkerJob:
     board_nbytes: int
     keys: str = ""
     shm: bool = True
+    rebuilds: Restarts = field(default_factory=Restarts)

@@ -9,10 +9,13 @@ Its incarnation lasts as long as its connection. What ends it, and how its host 
 ===============================  ======================================================
 Drain, SIGTERM, its host leaves  status 0, after the fragment in hand, Bye and ByeAck
 connection lost, HelloAgain      status `CONNECTION_ENDED`: its host starts another
-an exception                     status 1, the traceback through the zygote's pipe; the
+an exception, but see below      status 1, the traceback through the zygote's pipe; the
                                  column of the environment to blame on the page
 the host's or the zygote's end   SIGKILL from the kernel
 ===============================  ======================================================
+
+A plain environment that fails after the first fragment does not end its worker, unless it does so again and again: the
+fragment in hand is thrown away and begun anew, with another environment in its place.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ import contextlib
 import signal
 import sys
 import time
+import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -124,6 +129,7 @@ class _Worker:
         self._told_to_leave = False  # by SIGTERM
         self._version = 0
         self._seq = 0
+        self._n_rebuilt = self._rebuilt = 0  # environments: in all, and since the last Ready
 
     def run(self, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
         """Until the end."""
@@ -259,13 +265,9 @@ class _Worker:
             raise LinkLost("the learner does not know this worker any more")
 
     def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, payload: Frames, *, debug: bool) -> None:
-        self.page.enter(Phase.COLLECT)
-        if debug:
-            slot.poison()
-        ctx.times.clear()
-        collect(ctx, slot)
-        if debug:
-            check_forward(ctx, slot)
+        while not self._collected(ctx, slot, debug=debug):
+            if self._leaving:
+                return
         times = ctx.times
         self._seq += 1
         self.page.set_sent(self._seq)  # before it is: else who is killed in between has delivered and not proven itself
@@ -283,9 +285,55 @@ class _Worker:
                 wait=self._waited,
                 total=times.total,
                 n_env_steps=times.n_env_steps,
+                rebuilt=self._rebuilt,
             ),
             *payload,
         )
+        self._rebuilt = 0
+
+    def _collected(self, ctx: Context, slot: Slot, *, debug: bool) -> bool:
+        """Whether the slot holds a fragment. If not an environment has failed and there is a new one in its place, or
+        the run ends; all columns begin new episodes."""
+        self.page.enter(Phase.COLLECT)
+        if debug:
+            slot.poison()
+        ctx.times.clear()
+        try:
+            collect(ctx, slot)
+            if debug:
+                check_forward(ctx, slot)
+            return True
+        except EnvError as error:
+            if self._seq == 0 or ctx.remake is None or error.env_index < 0:
+                raise
+            self._make_anew(ctx, error)
+            return False
+
+    def _make_anew(self, ctx: Context, error: EnvError) -> None:
+        """A new environment in the place of the one that failed, after a while; unless it has failed too often."""
+        assert ctx.remake is not None
+        j = error.env_index
+        self.page.enter(Phase.BUILD)
+        while True:
+            delay = self.job.rebuilds.failed(j, time.monotonic())
+            if delay is None:
+                raise error
+            traceback.print_exception(error)
+            warnings.warn(f"environment {j} is made anew in {delay:g} s; it failed: {error}", stacklevel=2)
+            deadline = time.monotonic() + delay
+            while (left := deadline - time.monotonic()) > 0 and not self._leaving:
+                if (message := self.link.receive(min(left, LOOK))) is not None:
+                    self._take(message)
+            if self._leaving:
+                return
+            self._rebuilt += 1
+            self._n_rebuilt += 1
+            try:
+                ctx.remake(j, self._n_rebuilt)
+                ctx.restart()
+                return
+            except EnvError as again:
+                error = again
 
     # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

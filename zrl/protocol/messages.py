@@ -258,7 +258,8 @@ class Ready(Message):
     """Worker → learner: slot `slot` holds a fragment. Its bytes follow as payload where the worker is remote.
 
     `seq` counts the fragments of this incarnation from 1; `version` is that of the weights; the times are seconds
-    spent in the stages of this fragment, `wait` before it began, `total` all of it.
+    spent in the stages of this fragment, `wait` before it began, `total` all of it. `rebuilt` counts the environments
+    that were made anew since the last Ready: for each a fragment was begun and thrown away.
     """
 
     TAG: ClassVar[int] = 8
@@ -272,6 +273,7 @@ class Ready(Message):
     wait: float = _is(Seconds())
     total: float = _is(Seconds())
     n_env_steps: int = _is(Int(0, _MOST_COUNT))
+    rebuilt: int = field(default=0, metadata={"kind": Int(0, _MOST_SLOTS)})
 
 
 class ChildBeat(NamedTuple):

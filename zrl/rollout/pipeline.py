@@ -224,11 +224,11 @@ class PipelineRollout:
 
         ``version``; ``batches`` yielded; ``slots`` by state; ``fragments`` granted, committed, consumed, dropped, lost
         and in flight (committed = consumed + dropped + in flight); ``dropped`` and ``refused`` by reason; ``workers``
-        alive, ``hosts``, ``replaced``, ``losses`` by cause; ``stale``: dropped as too old, by worker; ``lag``: how many
-        fragments had each; ``env_steps``, and ``masked_steps``, rows of columns without one; ``seconds`` by stage, over
-        all workers, with ``wait`` for slots, and of the learner ``copy``, ``learner_wait`` for batches, ``publish`` and
-        ``train``; ``waiting_for``: in words; ``peers``: each worker; ``shares`` and ``rates`` of the last seconds, and
-        ``verdict``: what the run waits for, in words.
+        alive, ``hosts``, ``replaced``, ``losses`` by cause; environments ``rebuilt``; ``stale``: dropped as too old, by
+        worker; ``lag``: how many fragments had each; ``env_steps``, and ``masked_steps``, rows of columns without one;
+        ``seconds`` by stage, over all workers, with ``wait`` for slots, and of the learner ``copy``, ``learner_wait``
+        for batches, ``publish`` and ``train``; ``waiting_for``: in words; ``peers``: each worker; ``shares`` and
+        ``rates`` of the last seconds, and ``verdict``: what the run waits for, in words.
         docs/collecting.md explains every key.
         """
         stats = self._collator.stats()
