@@ -195,6 +195,78 @@ def test_options_of_the_perceptron() -> None:
     play(SpaceEnv(space, DISCRETE), two)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("space", ACTIONS.values(), ids=ACTIONS)
+def test_one_step_is_a_forward_of_one_row_number_for_number(space: gym.Space[Any], shared: bool) -> None:
+    """Whatever the way that it takes: nothing of it may be seen, nor in the random stream that it leaves."""
+    activation = torch.nn.ReLU if shared else torch.nn.Tanh
+    actor = MLPActor(OBSERVATIONS["Box"][0], space, shared=shared, activation=activation)
+    with torch.no_grad():  # else nearly all policies are alike
+        for p in actor.parameters():
+            p.normal_()
+    assert_steps_are_forwards(actor)
+    actor.eval()
+    assert_steps_are_forwards(actor)
+
+
+def assert_steps_are_forwards(actor: BaseActorModule, n: int = 5) -> None:
+    row = torch.randn(1, n, 3), torch.zeros(1, n), torch.zeros(1, n), torch.zeros(1, n, dtype=torch.bool)
+    for grad in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with grad():
+            torch.manual_seed(1)
+            actions, _, info = actor(*row, hx=())
+            after = torch.rand(1)
+            torch.manual_seed(1)
+            stepped, _, told = actor.step(*row, ())
+            assert torch.equal(torch.rand(1), after)
+            assert torch.equal(stepped, actions)
+            assert list(told) == list(info)
+            for key, x in info.items():
+                assert torch.equal(told[key], x), key
+                assert told[key].shape == x.shape
+
+
+class Doubles(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Own(MLPActor):
+    def forward(self, *args: Any, hx: Any = None) -> tuple[Any, Any, Any]:
+        actions, hx, info = super().forward(*args, hx=hx)
+        return actions, hx, {**info, "value": info["value"] + 1}
+
+
+def test_one_step_of_what_was_made_one_s_own_is_a_forward_too() -> None:
+    space = OBSERVATIONS["Box"][0]
+    assert_steps_are_forwards(Own(space, DISCRETE))
+    odd = MLPActor(space, DISCRETE, activation=torch.nn.Softplus)
+    odd.core[0] = Doubles(3, 64)
+    odd.value_head = Doubles(64, 1)
+    assert_steps_are_forwards(odd)
+    seen: list[Tensor] = []
+    hooked = MLPActor(space, DISCRETE)
+    hooked.core[0].register_forward_hook(lambda _, x, y: seen.append(y) or 3 * y)  # type: ignore[func-returns-value]
+    hooked.core[1].register_forward_pre_hook(lambda _, x: (x[0] + 1,))
+    hooked.policy.linear.register_forward_hook(lambda _, x, y: -y)
+    assert_steps_are_forwards(hooked)
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))  # nor written into afterwards
+    torch.nn.utils.parametrizations.spectral_norm(odd.core[2])
+    assert_steps_are_forwards(odd.eval())
+
+
+def test_steps_follow_the_weights_however_they_change() -> None:
+    actor = MLPActor(OBSERVATIONS["Box"][0], DISCRETE)
+    assert_steps_are_forwards(actor)
+    other = MLPActor(OBSERVATIONS["Box"][0], DISCRETE)
+    actor.load_state_dict(other.state_dict(), assign=True)
+    assert_steps_are_forwards(actor)
+    actor.core[0].weight.data = torch.randn(64, 3)
+    assert_steps_are_forwards(actor)
+    actor.value_head = torch.nn.Linear(64, 1)
+    assert_steps_are_forwards(actor)
+
+
 # -- recurrent -------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.wrappers import OrderEnforcing
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 
 from zrl.collect.encoding import action_reader, obs_writer
 from zrl.collect.spaces import EnvLayout, check_alike, check_env, describe, reset_env
@@ -108,6 +108,7 @@ class PlainColumns:
         self.calls: MutableSequence[int] | memoryview = [0]
         self._envs = list(envs)
         self._steps: list[Callable[[Any], Any]] = []  # after the first reset
+        self._long: list[Any] = []  # environments whose steps pass through wrappers that have yet to do their work
         # What came of the last step stays until the next one replaces it, value by value: NumPy keeps the memory of
         # only a few small arrays at hand for new ones, and a whole row given up at once is more than that.
         self._observations: list[Any] = [None] * self.n
@@ -127,9 +128,9 @@ class PlainColumns:
                 env.action_space.seed(seed)  # so that environments that sample from it repeat themselves
             self._write_obs.write_one(j, reset_env(env, j, seed), row.obs, "reset")
             self.calls[0] += 1
-            shorten(env)
         self._seeds = []
-        self._steps = [env.step for env in self._envs]
+        self._long = list(self._envs)
+        self._shorten()
 
     def replace(self, j: int, env: Any, seed: int) -> None:
         """Put `env` in the place of column `j`; `reset` comes next, with this seed for it. The old one is closed.
@@ -221,7 +222,13 @@ class PlainColumns:
         return _ends(ended) if ended else None
 
     def finish(self, frozen: Sequence[int], row: Row) -> None:
-        """Nothing to do: frozen columns wait at the first observation, which `row` repeats."""
+        """Nothing to do for frozen columns: they wait at the first observation, which `row` repeats."""
+        if self._long:
+            self._shorten()
+
+    def _shorten(self) -> None:
+        self._long = [env for env in self._long if not shorten(env)]
+        self._steps = [env.step for env in self._envs]
 
     def begin(self, columns: Sequence[int] | Array, row: Row) -> None:
         for j in columns:
@@ -251,16 +258,29 @@ def _ends(ended: Sequence[tuple[int, bool, dict[str, Any]]]) -> Ends:
     return Ends(columns, terminated, infos)
 
 
-def shorten(env: Any) -> None:
-    """Let ``step`` pass by an `OrderEnforcing`, which `gymnasium.make` puts around every environment.
+def shorten(env: Any) -> bool:
+    """Let ``step`` pass by wrappers that have nothing more to do, of those that `gymnasium.make` puts around every
+    environment; whether none of them is left in its way.
 
-    It refuses steps before the first reset; afterwards, for good, it only costs two calls of a function. `env` has been
-    reset, and stays as it is in all else.
+    `OrderEnforcing` refuses steps before the first reset, `PassiveEnvChecker` looks at the first two steps; afterwards,
+    for good, each only costs calls of functions. `env` stays as it is in all else.
     """
+    chain = []
     while isinstance(env, gym.Wrapper):
-        if type(env) is OrderEnforcing and env.has_reset:
-            env.step = env.env.step  # type: ignore[method-assign]
+        chain.append(env)
         env = env.env
+    left = 0
+    for wrapper in reversed(chain):
+        if type(wrapper) is OrderEnforcing:
+            over = wrapper.has_reset
+        elif type(wrapper) is PassiveEnvChecker:
+            over = wrapper.checked_step and getattr(wrapper, "checked_data_reuse", True)
+        else:
+            continue
+        left += not over
+        if over:
+            wrapper.step = wrapper.env.step  # type: ignore[method-assign]
+    return not left
 
 
 def info_writers(specs: dict[str, ArraySpec], n: int, *, debug: bool) -> list[tuple[str, LeafWriter, int, int]]:

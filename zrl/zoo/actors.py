@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -79,7 +79,8 @@ class PolicyHead(nn.Module):
         super().__init__()
         self._shape = space.shape or ()
         start: Any = 0
-        if isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f":
+        self._gaussian = isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f"
+        if self._gaussian:
             self.log_std = nn.Parameter(torch.zeros(math.prod(self._shape)))
             self.linear = _linear(n_features, math.prod(self._shape), gain=0.01)
         elif isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
@@ -98,15 +99,18 @@ class PolicyHead(nn.Module):
         self._start = None if not np.any(start) else start
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        out: Tensor = self.linear(features)
+        return self.parameters_of(self.linear(features))
+
+    def parameters_of(self, out: Tensor) -> dict[str, Tensor]:
+        """Those of the policy, from what the last layer says."""
+        if not (self._gaussian or self._shape):
+            return {"logits": out}
         lead = out.shape[:-1]
-        if hasattr(self, "log_std"):
+        if self._gaussian:
             return {
                 "mean": out.reshape(*lead, *self._shape),
                 "log_std": self.log_std.expand_as(out).reshape(*lead, *self._shape),
             }
-        if not self._shape:
-            return {"logits": out}
         logits = out.reshape(*lead, *self._logits)
         return {"logits": logits if self._absent is None else logits.masked_fill(self._absent, -torch.inf)}
 
@@ -141,6 +145,30 @@ def _linear(n_in: int, n_out: int, gain: float) -> nn.Linear:
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def _apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer` on ``x [B, n]``, where no gradient is wanted: the same kernel on the same numbers, without the call of a
+    module around it, which takes as long. What is no plain linear layer, or has hooks, is called as ever on one row."""
+    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
+        p = layer._parameters
+        return nn.functional.linear(x, p["weight"], p["bias"])  # type: ignore[arg-type]
+    return layer(x.unsqueeze(0))[0]  # type: ignore[no-any-return]
+
+
+def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """The same for all `layers`; an activation writes into what the linear layer before it made."""
+    before = None  # kind of the layer before, if nobody else can have seen what it made
+    for layer in layers._modules.values():
+        assert layer is not None
+        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        in_place = None if hooked or before is not nn.Linear else _IN_PLACE.get(type(layer))
+        x = _apply(layer, x) if in_place is None else in_place(x)
+        before = None if hooked else type(layer)
+    return x
+
+
+_IN_PLACE: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {nn.Tanh: Tensor.tanh_, nn.ReLU: Tensor.relu_}
 
 
 def _mlp(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
@@ -193,6 +221,20 @@ class MLPActor(_Actor):
         x = self.features(obs)
         core = self.core(x)
         actions, info = self._heads(core, core if self.value_core is None else self.value_core(x))
+        return actions, (), info
+
+    def step(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> tuple[Any, Any, dict[str, Tensor]]:
+        """As `forward`, number for number, and more than twice as fast where layers are small."""
+        if torch.is_grad_enabled() or type(self) is not MLPActor:
+            return super().step(obs, act, rew, fin, hx)
+        parts: Any = self._modules  # attributes of a module take as long to find as a small layer takes to compute
+        policy = parts["policy"]
+        x = parts["features"].forward(obs)[0]
+        core = _run(parts["core"], x)
+        value = core if self.value_core is None else _run(self.value_core, x)
+        info = policy.parameters_of(_apply(policy._modules["linear"], core).unsqueeze(0))
+        actions = policy.act(info, sample=self.training)
+        info["value"] = _apply(parts["value_head"], value).view(1, -1)
         return actions, (), info
 
 
