@@ -108,6 +108,7 @@ class TrainConfig:
     tensorboard: bool = setting(False, "write events for TensorBoard, too")
     device: str = setting("cpu", "device of the learner: cpu, cuda, cuda:1")
     threads: int = setting(1, "threads of torch", least=1)
+    affinity: bool = setting(False, "keep each worker of this machine on one core")
     runs: str = setting("runs", "folder for run folders")
 
     def __post_init__(self) -> None:

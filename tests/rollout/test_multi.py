@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 import threading
 import time
 import uuid
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -438,3 +441,34 @@ def test_waiting_in_slices_gives_the_same_batches() -> None:
         assert [batch.version for batch in other] == [1, 2, 3]
         for one, two in zip(found[0], other, strict=True):
             same_numbers(one, two)
+
+
+class Cores(CountingEnv):
+    """Observes on which cores its process may run: one bit each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 1, (64,), np.int64)
+
+    def reset(self, **options: Any) -> Any:
+        super().reset(**options)
+        return self.where(), {}
+
+    def step(self, action: Any) -> Any:
+        return self.where(), *super().step(action)[1:]
+
+    def where(self) -> Any:
+        seen = np.zeros(64, np.int64)
+        seen[sorted(os.sched_getaffinity(0))[:64]] = 1
+        return seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores to be kept on")
+@pytest.mark.parametrize("affinity", [True, False])
+def test_workers_are_kept_on_a_core_each_if_that_is_wanted(affinity: bool) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    with multi.rollout(Cores, RandomActor(2), T, 3, B, 6, 3, max_lag=0, affinity=affinity) as it:
+        batch = next(it)
+    for i, meta in enumerate(batch.meta):
+        found = batch.state.obs[0, i * B].nonzero().flatten().tolist()
+        assert found == ([cores[meta.worker % len(cores)]] if affinity else cores)

@@ -16,6 +16,7 @@ from zrl.cli.keys import host_keys_in, keys_option
 from zrl.config import value_of
 from zrl.errors import ConfigError, ZrlError
 from zrl.net.addresses import check_connect, is_loopback
+from zrl.nodes.limits import cores_to_pin_to
 from zrl.nodes.supervisor import EXIT_FAILED, SupervisorOptions, supervise
 from zrl.train.allowed import Allowed
 
@@ -55,6 +56,7 @@ MOST_NAME = 64  # bytes
     is_flag=True,
     help="send fragments, also to a learner on this machine that could read the workers' memory",
 )
+@click.option("--affinity", is_flag=True, help="keep each worker on one core, of those that this process may use")
 @click.option("--insecure", is_flag=True, help="connect without keys to another machine")
 @click.option("--start-method", type=click.Choice(["fork", "spawn"]), default="fork", show_default=True)
 def worker_command(
@@ -68,6 +70,7 @@ def worker_command(
     logs: Path | None,
     keys: Path | None,
     no_shm: bool,
+    affinity: bool,
     insecure: bool,
     start_method: str,
 ) -> None:
@@ -87,6 +90,10 @@ def worker_command(
             _check_plain(url, insecure)
     except ConfigError as e:
         raise _failure(str(e), EXIT_USAGE) from e
+    try:
+        cores = cores_to_pin_to(affinity)
+    except ConfigError as e:
+        raise _failure(f"--{e}", EXIT_USAGE) from e
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = SupervisorOptions(
         url=url,
@@ -99,6 +106,7 @@ def worker_command(
         start_method=start_method,
         give_up_after=give_up_after,
         keys=pair,
+        cores=cores,
         shm=not no_shm,
         drain_timeout=drain_timeout,
         insecure=insecure,

@@ -106,12 +106,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class OwnHost:
-    """The learner's own children: how many, who starts them, when to lose patience, which logs to keep."""
+    """The learner's own children: how many, who starts them, when to lose patience, which logs to keep, which cores to
+    keep them on."""
 
     zygote: Zygote
     count: int
     patience: Patience
     keep_log: Callable[[Path], Path]
+    cores: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -315,6 +317,7 @@ class Collator:
                 tell=self._from_own_host,
                 failed=self.fail,
                 keep_log=self._own.keep_log,
+                cores=self._own.cores,
             )
             opened.callback(self._host.close)
             self._from_own_host(self._host.hello())

@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,6 +113,7 @@ class Host:
         tell: takes a message for the learner.
         failed: takes the error after which there is no going on.
         keep_log: makes sure that a log stays; its path then.
+        cores: that its workers are kept on, one each and in turn; empty: wherever there is room.
         near: whether to say which machine this is: a learner on the same one expects to hear from it more often.
 
     Attributes:
@@ -132,6 +133,7 @@ class Host:
         tell: Callable[[m.Message], None],
         failed: Callable[[ZrlError], None],
         keep_log: Callable[[Path], Path] = lambda log: log,
+        cores: Sequence[int] = (),
         near: bool = True,
     ) -> None:
         self.name, self.count = name, count
@@ -140,7 +142,7 @@ class Host:
         self.kids: dict[bytes, Kid] = {}
         self.n_started = self.n_replaced = 0
         self._zygote, self._loop, self._near = zygote, loop, near
-        self._patience = patience
+        self._patience, self._cores = patience, cores
         self._tell, self._failed, self._keep_log = tell, failed, keep_log
         self._by_serial: dict[int, Kid] = {}
         self._kills_for_memory = kills_for_memory()
@@ -274,6 +276,7 @@ class Host:
             board_nbytes=run.board_nbytes,
             keys=run.keys,
             shm=run.shm,
+            core=self._cores[(index - run.index_base) % len(self._cores)] if self._cores else None,
             rebuilds=self._new_budget(self._patience.rebuilds),
         )
         try:

@@ -17,6 +17,7 @@ class WorkerJob:
         board_digest, board_nbytes: of the weights' manifest.
         shm: whether its ring is made such that the learner can open it.
         keys: path of its host's key files, see `zrl.net.keys.HostKeys`; empty: none.
+        core: that it is to stay on; None: wherever there is room.
         rebuilds: budget of environments that it may make anew, by column.
     """
 
@@ -33,4 +34,5 @@ class WorkerJob:
     board_nbytes: int
     keys: str = ""
     shm: bool = True
+    core: int | None = None
     rebuilds: Restarts = field(default_factory=Restarts)

@@ -37,6 +37,19 @@ def raise_descriptor_limit(n_workers: int = 0) -> None:
         )
 
 
+def cores_to_pin_to(wanted: bool) -> tuple[int, ...]:
+    """The cores that this process may run on, for its workers to be kept on one each, in turn; none, if not `wanted`.
+
+    Raises:
+        ConfigError: this system cannot keep a process on a core.
+    """
+    if not wanted:
+        return ()
+    if not hasattr(os, "sched_getaffinity"):
+        raise ConfigError("affinity: this system cannot keep a process on a core; leave it out")
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
 def kills_for_memory(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
     """How many processes of our control group the kernel has killed for want of memory, as far as Linux tells."""
     with contextlib.suppress(OSError):

@@ -79,6 +79,7 @@ class SupervisorOptions:
         give_up_after: seconds without a learner after which to end; None: never.
         silence: seconds without the learner's heartbeat after which it is lost; None: 5 on this machine, else 15.
         drain_timeout: seconds after SIGTERM in which the workers may finish their fragments.
+        cores: that the workers are kept on, one each and in turn; empty: wherever there is room.
         shm: whether a learner on this machine may read the workers' memory; without, all is as if it were on another.
         keys: of this host; its workers read them from the same files.
         insecure: whether a learner may send this host to other machines without keys.
@@ -97,6 +98,7 @@ class SupervisorOptions:
     give_up_after: float | None = None
     silence: float | None = None
     keys: HostKeys | None = None
+    cores: tuple[int, ...] = ()
     shm: bool = True
     drain_timeout: float = 20.0
     insecure: bool = False
@@ -198,6 +200,7 @@ class _Supervisor:
             tell=self._tell,
             failed=self._failed,
             keep_log=self._keep_log,
+            cores=self._o.cores,
             near=self._o.shm,
         )
         for signum in (signal.SIGINT, signal.SIGTERM):

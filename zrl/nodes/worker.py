@@ -21,6 +21,7 @@ fragment in hand is thrown away and begun anew, with another environment in its 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -98,6 +99,8 @@ def live(job: WorkerJob, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
         ProcessError: the learner refused this worker.
         SystemExit: the connection ended.
     """
+    if job.core is not None:  # before anything is allocated: then its memory is near that core
+        os.sched_setaffinity(0, {job.core})
     with contextlib.ExitStack() as opened:
         page = opened.enter_context(Page.attach(job.page, job.incarnation))
         link = Link(job.url, keys=host_keys_at(Path(job.keys)) if job.keys else None)

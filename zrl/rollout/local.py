@@ -20,6 +20,7 @@ from zrl.net.addresses import run_directory
 from zrl.nodes.children import Spawner, Zygote
 from zrl.nodes.collator import MAX_FRAGMENT_BYTES, Collator, OwnHost, Plan
 from zrl.nodes.host import Patience
+from zrl.nodes.limits import cores_to_pin_to
 from zrl.nodes.logs import Logs
 from zrl.nodes.publisher import Publisher
 from zrl.nodes.worker import Recipe
@@ -70,6 +71,7 @@ class LocalOptions:
     starve_timeout: float = 60.0
     max_fragment_bytes: int = MAX_FRAGMENT_BYTES
     first_version: int = 1
+    affinity: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -204,7 +206,7 @@ def _collator(recipe: Recipe, publisher: Publisher, o: LocalOptions, entropy: in
             publisher,
             run_dir,
             to,
-            OwnHost(zygote, o.n_actors, patience, keep_log),
+            OwnHost(zygote, o.n_actors, patience, keep_log, cores_to_pin_to(o.affinity)),
         )
     except BaseException:
         zygote.close(time.monotonic() + CLOSE_TIMEOUT)

@@ -40,6 +40,7 @@ def rollout(
     starve_timeout: float = 60.0,
     max_fragment_bytes: int = MAX_FRAGMENT_BYTES,
     first_version: int = 1,
+    affinity: bool = False,
 ) -> PipelineRollout | InlineRollout:
     """Collect fragments of `n_steps` steps of `n_per_actor` environments in each of `n_actors` processes, without end.
 
@@ -81,6 +82,8 @@ def rollout(
         starve_timeout: seconds with too few workers alive for a batch, after which ``next()`` raises.
         max_fragment_bytes: a larger fragment is refused, rather than filling the machine by mistake.
         first_version: of the weights as they are now; a run that goes on with another counts on.
+        affinity: keep each worker on one core, in turn, of those that this process may use; its memory is then near
+            that core. Worth a try where there are many cores; Linux only.
 
     Raises:
         ConfigError: an argument makes no sense (also a ValueError).
@@ -111,5 +114,6 @@ def rollout(
         starve_timeout=starve_timeout,
         max_fragment_bytes=max_fragment_bytes,
         first_version=first_version,
+        affinity=affinity,
     )
     return start(factory, actor, options)

@@ -96,6 +96,7 @@ def make_rollout(
         slots * workers,
         c.batch,
         log_dir=None if folder is None else folder.workers,
+        affinity=c.affinity,
         **common,
     )
 
