@@ -175,7 +175,7 @@ def forgeries(it: PipelineRollout) -> list[m.Message]:
     for who in (worker, host, stranger):
         found += [
             m.Ready(run, who, 0, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1),
-            m.Ready(run, who, 65534, (1 << 63) - 1, (1 << 63) - 1, 1e300, 0.0, 0.0, 0.0, 0.0, 0.0, 1),
+            m.Ready(run, who, 65534, (1 << 63) - 1, (1 << 63) - 1, 1e9, 0.0, 0.0, 0.0, 0.0, 0.0, 1),
             m.Attach(run, who, [1, ["x", [2]]], bytes(16), 2, 64, os.getpid(), 0, 1 << 62, boot_id(), ""),
             m.Attach(run, who, [], bytes(16), 2, 64, 1, 3, 8192, boot_id(), "/etc/passwd"),
             m.Gone(run, who, worker, 0, "error", 1, 0, "forged", "forged"),

@@ -477,7 +477,8 @@ class Collator:
         enough = slots >= self.plan.n_per_batch
         if self.plan.max_lag == 0:  # every worker has its places in every batch
             enough = enough and alive >= self.plan.n_workers
-        self._had_enough = self._had_enough or enough
+        # a batch was formed: there had been enough, if only between two looks
+        self._had_enough = self._had_enough or enough or self.slots.counters["formed"] > 0
         if enough or not self._had_enough:
             self._starving_since = None
             return
