@@ -177,6 +177,7 @@ def secrets_of(manifest: str, folder: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
+@pytest.mark.long
 def test_a_learner_is_evicted_and_goes_on(folder: Path) -> None:
     keys_in(folder / "keys")
     port = free_port()

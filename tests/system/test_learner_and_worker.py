@@ -28,7 +28,7 @@ from tests.system.programs import (
 __all__ = ["folder", "programs"]  # fixtures
 
 
-@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize("kind", [pytest.param("ipc", marks=pytest.mark.long), "tcp"])
 def test_either_order_of_start(programs: Programs, kind: str) -> None:
     url = address(kind, programs.folder)
     if kind == "tcp":
@@ -45,8 +45,15 @@ def test_either_order_of_start(programs: Programs, kind: str) -> None:
     assert "the run is over" in worker.text
 
 
-@pytest.mark.parametrize("who", ["zygote", "host"])
-@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    [
+        ("ipc", "zygote"),
+        ("tcp", "host"),
+        pytest.param("ipc", "host", marks=pytest.mark.long),
+        pytest.param("tcp", "zygote", marks=pytest.mark.long),
+    ],
+)
 def test_a_worker_that_is_slow_to_finish_ends_with_its_run(programs: Programs, who: str, kind: str) -> None:
     """The learner asks it to finish, and goes before it has: that is no lost learner to wait for."""
     url = address(kind, programs.folder)
@@ -114,6 +121,7 @@ def test_a_worker_stops_on_a_signal_while_it_waits_for_a_learner(programs: Progr
     until(lambda: not worker.children(), lambda: "its zygote")
 
 
+@pytest.mark.long
 def test_a_host_under_another_name_takes_over(programs: Programs) -> None:
     """With max_lag=0 every worker has its places in a batch: those of the dead go to whoever comes."""
     url = address("ipc", programs.folder)
@@ -135,7 +143,7 @@ def test_a_host_under_another_name_takes_over(programs: Programs) -> None:
     assert second.wait() == 0, second.text
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_worker_stops_on_a_signal_and_another_takes_over(programs: Programs, signum: signal.Signals) -> None:
     url = address("ipc", programs.folder)
     learner = programs.learner(url, "--steps", "100M")
@@ -151,7 +159,7 @@ def test_a_worker_stops_on_a_signal_and_another_takes_over(programs: Programs, s
     assert second.wait() == 0, second.text
 
 
-@pytest.mark.parametrize("how", [(), ("--no-shm",)])
+@pytest.mark.parametrize("how", [pytest.param((), marks=pytest.mark.long), ("--no-shm",)])
 def test_a_worker_that_is_told_to_leave_delivers_what_it_has(programs: Programs, how: tuple[str, ...]) -> None:
     """In mid-fragment and in mid-batch: the learner counts no loss, and has all that was delivered."""
     url = address("ipc", programs.folder)
@@ -186,6 +194,7 @@ def test_the_second_signal_does_not_wait(programs: Programs) -> None:
     assert worker.wait() == 143, worker.text
 
 
+@pytest.mark.long
 def test_who_does_not_finish_in_time_is_killed(programs: Programs) -> None:
     url = address("ipc", programs.folder)
     learner = programs.learner(url, "--steps", "100M")
@@ -223,7 +232,11 @@ def test_a_module_must_be_allowed(programs: Programs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("actor", "text"), [("broken", "RuntimeError: not on this machine"), ("another", "the same version of the code")]
+    ("actor", "text"),
+    [
+        pytest.param("broken", "RuntimeError: not on this machine", marks=pytest.mark.long),
+        ("another", "the same version of the code"),
+    ],
 )
 def test_an_actor_that_cannot_act_here(programs: Programs, actor: str, text: str) -> None:
     url = address("ipc", programs.folder)

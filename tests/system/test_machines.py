@@ -95,6 +95,7 @@ def test_a_long_cut_is_healed(programs: Programs, seconds: float) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.long
 def test_a_machine_dies_and_another_takes_over(programs: Programs) -> None:
     keys_of(programs.folder)
     with machines(3) as (here, one, other):
@@ -163,6 +164,7 @@ with cluster.rollout("tests.system.large:tests/Large-v0", LargeActor(), 32, 4, 2
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_a_slow_link_slows_and_nothing_else(programs: Programs) -> None:
     """Fragments of 3.8 MB from two workers over 20 Mbit/s: the link is used, memory stays where it is, heartbeats get

@@ -10,6 +10,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.system.programs import (
     Program,
     Programs,
@@ -131,6 +133,7 @@ def test_a_learner_that_is_killed_ends_the_other_and_both_can_be_resumed(program
     assert [host.wait() for host in hosts] == [0, 0, 0], "".join(p.text for p in programs.started)
 
 
+@pytest.mark.long
 def test_a_learner_that_starves_ends_both(programs: Programs) -> None:
     """Of REINFORCE, which has no use for the value and its parameters."""
     url = f"tcp://127.0.0.1:{port_for_two()}"
