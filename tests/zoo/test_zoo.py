@@ -209,15 +209,24 @@ def test_one_step_is_a_forward_of_one_row_number_for_number(space: gym.Space[Any
     assert_steps_are_forwards(actor)
 
 
-def assert_steps_are_forwards(actor: BaseActorModule, n: int = 5) -> None:
-    row = torch.randn(1, n, 3), torch.zeros(1, n), torch.zeros(1, n), torch.zeros(1, n, dtype=torch.bool)
+@pytest.mark.parametrize("state", [None, 3.0])
+def test_one_step_of_the_other_actors_is_a_forward_too(state: float | None) -> None:
+    hx = None if state is None else torch.full((1, 5, 64), state)
+    assert_steps_are_forwards(GRUActor(OBSERVATIONS["Box"][0], DISCRETE), hx=hx)
+    image = box(0, 255, (2, 36, 36), np.uint8)
+    assert_steps_are_forwards(CNNActor(image, DISCRETE, hidden=16), torch.randint(256, (1, 5, 2, 36, 36)).byte())
+
+
+def assert_steps_are_forwards(actor: BaseActorModule, obs: Tensor | None = None, *, hx: Any = (), n: int = 5) -> None:
+    row = torch.randn(1, n, 3) if obs is None else obs, torch.zeros(1, n), torch.zeros(1, n), torch.rand(1, n) < 0.5
     for grad in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with grad():
             torch.manual_seed(1)
-            actions, _, info = actor(*row, hx=())
+            actions, after_hx, info = actor(*row, hx=hx)
             after = torch.rand(1)
             torch.manual_seed(1)
-            stepped, _, told = actor.step(*row, ())
+            stepped, told_hx, told = actor.step(*row, hx)
+            assert torch.equal(told_hx, after_hx) if isinstance(told_hx, Tensor) else told_hx == after_hx
             assert torch.equal(torch.rand(1), after)
             assert torch.equal(stepped, actions)
             assert list(told) == list(info)
