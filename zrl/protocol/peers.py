@@ -385,7 +385,9 @@ class Peers:
         for worker in self.workers.values():
             worker.disagree_since += late
         silent = [host for host in self.hosts.values() if host.peer != OWN and now >= host.deadline]
-        return [command for host in silent for command in self._lose_host(host, "silent")]
+        lost = [command for host in silent for command in self._lose_host(host, "silent")]
+        # one that is not silent at all, but not listened to any more, since its key was revoked, is to know
+        return [*lost, *(Send(host.peer, m.HelloAgain(self.run_id, host.incarnation)) for host in silent)]
 
     # What all of this is made of.
 
