@@ -83,8 +83,9 @@ class Welcomed:
 def test_what_only_a_learner_may_say_and_what_only_others_may() -> None:
     """From peers that were welcomed: a Release, a Revoke, a Drain; a Ready for another worker's slot, its Bye."""
     ledger = Ledger()
-    with rolling(stamps()) as it, Welcomed(it) as w:
+    with rolling(stamps()) as it, contextlib.ExitStack() as opened:
         drive(it, ledger, lambda: len(ledger.from_stamps) == 2)
+        w = opened.enter_context(Welcomed(it))
         before = it.stats()["refused"]
         victim = kids(it)[0].incarnation
         run, own = w.run_id, it._collator._host
@@ -133,8 +134,9 @@ def test_what_was_said_once_is_not_heard_twice(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("zrl.nodes.collator.decode", recording)
     ledger = Ledger()
-    with rolling(stamps()) as it, Stranger(it.urls[0]) as stranger, Welcomed(it) as w:
+    with rolling(stamps()) as it, Stranger(it.urls[0]) as stranger, contextlib.ExitStack() as opened:
         drive(it, ledger, lambda: len(recorded) > 20 and len(ledger.from_stamps) == 2)
+        w = opened.enter_context(Welcomed(it))
         genuine = list(recorded[:20])
         before = it.stats()["refused"]
         for header in genuine:
