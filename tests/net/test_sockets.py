@@ -230,6 +230,26 @@ def test_a_peer_that_reads_nothing_is_cut(context: z.Context, monkeypatch: pytes
             time.sleep(0.02)
 
 
+def test_what_a_peer_can_leave_with_a_learner_that_stands_still(context: z.Context, folder: Path) -> None:
+    """Some messages, however many it sends; the others stay with it."""
+    router = z.make_router(context)
+    url = z.bind(router, f"ipc://{folder}/l")
+    theirs = z.make_context()
+    dealer = z.make_dealer(theirs)
+    z.connect(dealer, url)
+    assert dealer.poll(int(LIMIT * 1000), zmq.POLLOUT)
+    for _ in range(1000):
+        z.send(dealer, b"x", bytes(100_000))
+    time.sleep(0.5)  # in which all of them would get through
+    theirs.destroy()
+    read = 0
+    while router.poll(200):
+        router.recv_multipart()
+        read += 1
+    assert 0 < read < 2 * z.MOST_WAITING
+    router.close()
+
+
 def test_a_slow_subscriber_gets_the_newest(context: z.Context, folder: Path) -> None:
     pub = z.make_pub(context)
     url = z.bind(pub, f"ipc://{folder}/p")

@@ -170,6 +170,15 @@ def test_a_worker_is_lost_once_however_many_say_so() -> None:
     assert not peers.hosts[HOST].unreported
 
 
+def test_a_host_that_reports_nothing_is_not_waited_for_without_bound() -> None:
+    peers = make()
+    for n in range(100):
+        worker = bytes([n]) * 16
+        peers.receive(worker, hello(HELLO_WORKER, incarnation=worker, index=2), 0.0)
+        peers.revoke(worker, "desync")
+    assert len(peers.hosts[HOST].unreported) == 2 * peers.hosts[HOST].count
+
+
 def test_a_host_cannot_report_the_worker_of_another() -> None:
     peers = make()
     peers.receive(b"o", hello(HELLO_HOST, incarnation=OTHER, name="right", process=b"Q" * 16), 0.0)

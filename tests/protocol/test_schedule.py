@@ -267,6 +267,16 @@ def test_rings_of_those_who_left_are_not_kept_without_bound() -> None:
     assert {f.incarnation for f in formed.fragments} == {worker_id(0), worker_id(1)}
 
 
+def test_workers_that_come_and_go_leave_nothing_with_who_grants() -> None:
+    """Also while nothing can be granted."""
+    s = scheduler(SlotTable(), n_per_batch=1, max_lag=1, n_workers=1)
+    for n in range(1000):
+        s.worker_attached(worker_id(n % 250, n // 250), n, 1)
+        if n > 3:
+            s.gone(worker_id((n - 3) % 250, (n - 3) // 250))
+    assert len(s._candidates) < 200  # type: ignore[attr-defined]
+
+
 def test_what_it_delivered_may_get_too_old() -> None:
     table = SlotTable()
     s = scheduler(table, n_per_batch=2, max_lag=1, n_workers=1)

@@ -34,6 +34,7 @@ from zrl.net.keys import HostKeys, Pair
 MAX_FRAME = 256 << 10  # bytes: a larger one would keep heartbeats waiting on a slow link
 CURVE_NBYTES = 33  # that encryption adds to a frame (RFC 26, MESSAGE), and libzmq's limit counts
 MOST_SKIPPED = 1024  # frames of an unwanted payload that are read in one turn
+MOST_WAITING = 64  # messages of a peer that wait here to be read; what it sends beyond that stays with it
 MAX_SUBSCRIPTION = 1024  # bytes: of what a PUB receives, topics of 8 bytes and handshakes
 SMALL_FRAME = 4096  # bytes: a payload of smaller frames than this, but for the first 1024, is refused
 HANDSHAKE_MS = 5_000
@@ -63,6 +64,7 @@ def make_router(context: Context) -> Socket:
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + CURVE_NBYTES)
     router.setsockopt(zmq.SNDHWM, 0)
+    router.setsockopt(zmq.RCVHWM, MOST_WAITING)
     # Heartbeats wait in line behind what a peer does not read, and what it has asked for would pile up here for ever.
     router.setsockopt(zmq.TCP_MAXRT, UNREAD_MS)
     return _with_heartbeats(router)

@@ -57,6 +57,7 @@ ANSWER_TIMEOUT = 60.0  # seconds for Weights after Fetch: they may be large, and
 FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
 GRACE = 5.0  # seconds for the workers' end
 BYE_TIMEOUT = 2.0
+MOST_WARNINGS = 20  # of messages that make no sense, in a run
 MOST_HOPS = 3  # redirects in a row that are followed
 MOST_ANSWERS = 100  # that nobody has waited for yet
 MOST_INDICES = 1 << 16
@@ -317,6 +318,7 @@ class _Run:
         self._behind = 0  # version that the last heartbeat was ahead of the board with
         self._heard = time.monotonic()
         self._draining = False
+        self._n_odd = 0  # messages that made no sense
         with contextlib.ExitStack() as opened:
             self._dealer = Endpoint(make_dealer(context), self._loop, self._on_message)
             opened.callback(self._dealer.close)
@@ -514,7 +516,7 @@ class _Run:
             message = decode(header)
             flat = self._payload(message, rest) if isinstance(message, m.Weights) else None
         except ProtocolError as error:
-            logger.warning("from the learner: %s", error)
+            self._warn_of(error)
             return
         if message.incarnation != self._hello.incarnation:
             return
@@ -549,11 +551,16 @@ class _Run:
             raise ProtocolError("weights with another checksum than they were sent with")
         return flat
 
+    def _warn_of(self, error: ProtocolError) -> None:
+        self._n_odd += 1
+        if self._n_odd <= MOST_WARNINGS:
+            logger.warning("from the learner: %s", error)
+
     def _on_weights(self, peer: bytes, frame: bytes, rest: Rest) -> None:
         try:
             weights, payload = decode_weights(frame)
         except ProtocolError as error:
-            logger.warning("from the learner: %s", error)
+            self._warn_of(error)
             return
         flat = np.frombuffer(payload, np.uint8)
         if weights.run_id == self._hello.run_id and crc32(flat) == weights.crc32:

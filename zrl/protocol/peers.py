@@ -102,7 +102,7 @@ class Host:
     deadline: float  # when its silence has been too long
     state: State = State.NEW
     workers: dict[int, Worker] = field(default_factory=dict)  # by index in the run
-    unreported: set[bytes] = field(default_factory=set)  # incarnations lost before it said so
+    unreported: dict[bytes, None] = field(default_factory=dict)  # incarnations lost before it said so, newest last
 
 
 @dataclass(slots=True)
@@ -329,7 +329,7 @@ class Peers:
             return self._ignore("unexpected")
         if worker is None:  # it died before its Hello, or was given up before: why is still of interest
             again = gone.worker in host.unreported
-            host.unreported.discard(gone.worker)
+            host.unreported.pop(gone.worker, None)
             return [Lost(gone.worker, gone.index, gone.cause, clean=True, report=gone, again=again)]
         return [self._lose_worker(worker, gone.cause, Event.LOSE, report=gone)]
 
@@ -404,7 +404,10 @@ class Peers:
     ) -> Lost:
         self._step(worker, event)
         if report is None:
-            worker.host.unreported.add(worker.incarnation)
+            unreported = worker.host.unreported
+            unreported[worker.incarnation] = None
+            if len(unreported) > 2 * worker.host.count:  # it does not say so at all
+                del unreported[next(iter(unreported))]
         del self._peers[worker.peer], self.workers[worker.incarnation], worker.host.workers[worker.index]
         return Lost(worker.incarnation, worker.index, reason, clean, report)
 

@@ -304,6 +304,9 @@ class Bounded(Scheduler):
         ring = self.slots.rings.get(incarnation)
         if ring is not None and _grantable(ring):
             heappush(self._candidates, (_burden(ring), ring))
+        if len(self._candidates) > 2 * len(self.slots.rings) + 64:  # most of them do not count any more
+            self._candidates = [(_burden(ring), ring) for ring in self.slots.live() if _grantable(ring)]
+            heapify(self._candidates)
 
     def _grants(self) -> Iterable[tuple[bytes, int, int]]:
         out = self.out  # grants made here are the only change on the way
@@ -314,9 +317,6 @@ class Bounded(Scheduler):
 
     def _next_candidate(self) -> Ring:
         """Who has least in hand; among equals who has had fewest, then who came first."""
-        if len(self._candidates) > 2 * len(self.slots.rings) + 64:  # most of them do not count any more
-            self._candidates = [(_burden(ring), ring) for ring in self.slots.live() if _grantable(ring)]
-            heapify(self._candidates)
         while True:
             burden, ring = heappop(self._candidates)
             if _grantable(ring) and _burden(ring) == burden:
