@@ -45,6 +45,10 @@ KEYS = {
         ["--kills", "1", "--storm", "1", "--restarts", "1"],
         ["replace_s_median", "replace_s_worst", "rejoin_s", "storm_over_calm", "storm_kills"],
     ),
+    "bench_hostile.py": (
+        ["--seconds", "0.3", "--rounds", "1", "--kinds", "noise"],
+        ["attacked_over_control", "attacked_over_control_noise", "sent_per_s"],
+    ),
     "bench_weights.py": (
         ["--repeats", "1"],
         [f"{what}_ms_{size}" for what in ("publish", "adopted") for size in ("0_1mb", "6_4mb", "64mb")],
