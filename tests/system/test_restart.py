@@ -109,7 +109,7 @@ def refuses_mail_of(programs: Programs, url: str, old: m.Welcome) -> None:
         stranger.send(encode(who))
         assert isinstance(stranger.answer(), m.Welcome)
         stranger.send(encode(m.Beat(old.run_id, who.incarnation, ())))
-        stranger.send(encode(m.Ready(old.run_id, who.incarnation, 0, 1, 1, *[0.0] * 6, 8)))
+        stranger.send(encode(m.Ready(old.run_id, who.incarnation, 0, 1, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 8)))
         stranger.send(encode(m.Bye(old.run_id, who.incarnation)))  # would end it
         stranger.settle()
         least = {"stale": before.get("stale", 0) + 4, "unknown": before.get("unknown", 0) + 1}
