@@ -142,23 +142,22 @@ class Violation(Exception):
 
 
 class Delivered:
-    """What came from one incarnation: all up to a number, and some beyond it."""
+    """What came from one incarnation: all up to a number, but for those that are missing."""
 
-    __slots__ = ("ahead", "most", "n", "upto", "version")
+    __slots__ = ("missing", "most", "version")
 
     def __init__(self) -> None:
-        self.upto = self.n = self.most = self.version = 0
-        self.ahead: set[int] = set()
+        self.most = self.version = 0
+        self.missing: set[int] = set()
 
     def add(self, seq: int) -> bool:
         """Whether it is new."""
-        if seq <= self.upto or seq in self.ahead:
-            return False
-        self.ahead.add(seq)
-        while self.upto + 1 in self.ahead:
-            self.upto += 1
-            self.ahead.remove(self.upto)
-        self.n, self.most = self.n + 1, max(self.most, seq)
+        if seq <= self.most:
+            known = seq not in self.missing
+            self.missing.discard(seq)
+            return not known
+        self.missing.update(range(self.most + 1, seq))
+        self.most = seq
         return True
 
 
@@ -172,7 +171,7 @@ class Ledger:
     @property
     def missing(self) -> int:
         """Fragments before which others of the same incarnation came, and which did not come."""
-        return sum(x.most - x.n for x in self.by_stamp.values())
+        return sum(len(x.missing) for x in self.by_stamp.values())
 
     def check(self, batch: Batch) -> None:
         obs, rew = batch.state.obs, batch.state.rew
@@ -347,24 +346,28 @@ class Soak:
             self.note("I2", f"{self.ledger.n_fragments} delivered, {self.ledger.missing} missing; {f}")
 
     def settle(self) -> dict[str, float]:
-        """Go on until the steady hosts are there with all their workers, nobody else, and what we hold is constant for
-        a second; what that is."""
+        """Go on until the steady hosts are there with all their workers and nobody else, all of whom have been heard of
+        while what we hold has not changed for a second; what that is."""
         deadline = time.monotonic() + PATIENCE
         since = time.monotonic()
         before: dict[str, float] = {}
+        sent: dict[tuple[int, int], int] = {}
         while True:
             self.turn()
             stats = self.it.stats()
             now = held("self")
             rss = now.pop("rss_mib")
             n = len(STEADY) * WORKERS
-            whole = stats["workers"] == n and stats["hosts"] == len(STEADY) and len(self.it._collator.slots.rings) == n
-            if not whole or now != before:
-                since, before = time.monotonic(), now
-            elif time.monotonic() - since > 1.0:
+            rows = {(row["index"], row["generation"]): row["sent"] for row in stats["peers"] if row["n_slots"]}
+            whole = len(rows) == n and stats["hosts"] == len(STEADY) and len(self.it._collator.slots.rings) == n
+            if not whole or now != before or rows.keys() != sent.keys():
+                since, before, sent = time.monotonic(), now, rows
+            elif time.monotonic() - since > 1.0 and all(rows[worker] > sent[worker] for worker in rows):
                 return {**now, "rss_mib": rss}
             if time.monotonic() > deadline:
-                raise Violation("stuck", f"{stats['workers']} workers of {stats['hosts']} hosts")
+                raise Violation(
+                    "stuck", f"{stats['workers']} workers of {stats['hosts']} hosts; {now}, before {before}"
+                )
 
     # Faults.
 
@@ -459,6 +462,8 @@ class Soak:
             send(pid, signal.SIGCONT)
         self.it.close()
         try:
+            if {"stuck", "ended"} & self.violated.keys():
+                return  # hosts that the run has lost wait for another
             deadline = time.monotonic() + PATIENCE
             while left := [pid for pid in pids if alive(pid)]:
                 for host in hosts:

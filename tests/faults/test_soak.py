@@ -108,6 +108,9 @@ def test_a_fragment_that_does_not_come(batches: list[Batch]) -> None:
     for batch in (batches[0], batches[3]):
         ledger.check(batch)
     assert ledger.missing == 2
+    late = soak.Delivered()
+    assert [late.add(seq) for seq in (3, 1, 1, 2, 3)] == [True, True, False, True, False]
+    assert late.missing == set()
 
 
 def test_weights_of_two_versions(batches: list[Batch]) -> None:
