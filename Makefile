@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command of train, test, type and bench'
+	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command of train, test, soak, type and bench'
 
 .PHONY: setup
 setup: $(STAMP) ## install zrl and everything for its development into .venv/
@@ -50,8 +50,8 @@ faults: $(STAMP) ## kill, stop, hang and cut off workers and learners, the long 
 	$(BIN)/python -m pytest tests/faults tests/system tests/launch tests/rollout/test_remote.py -m "" $(ARGS)
 
 .PHONY: soak
-soak: $(STAMP) ## 10,000 batches: the learner's memory must not grow
-	$(BIN)/python scripts/bench_pipeline.py --soak $(ARGS)
+soak: $(STAMP) ## half an hour of one run with all faults at random: what must hold holds, nothing grows
+	$(BIN)/python scripts/soak.py $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## check style and format (ruff)

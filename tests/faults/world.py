@@ -303,6 +303,7 @@ def script(text: str, *args: object, folder: Path, command: Sequence[str] = ()) 
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "XDG_RUNTIME_DIR": ""}
     process = subprocess.Popen(
         [*command, sys.executable, str(path), *map(str, args)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

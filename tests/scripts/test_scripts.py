@@ -96,7 +96,7 @@ KEYS = {
     ),
     "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
 }
-TOOLS = {"make_states.py", "run_notebook.py"}  # tests/docs
+TOOLS = {"make_states.py", "run_notebook.py", "soak.py"}  # tests/docs, tests/faults
 EXAMPLE = "example_seed_a2c.py"
 DISTRIBUTED = "ddp_loop.py"
 #: What needs packages of extras: these, and short words.

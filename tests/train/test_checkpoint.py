@@ -33,6 +33,55 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert loaded["step"] == 1
 
 
+@pytest.mark.parametrize("bits", [16, pytest.param(255, marks=pytest.mark.long)])
+def test_a_flipped_byte_is_found(tmp_path: Path, bits: int) -> None:
+    """Wherever it is: either the checkpoint is refused, or what is read is what was written. 16 in the list of records
+    makes a folder of one, which torch takes for zeros."""
+    whole = checkpoint.save(tmp_path, 1, state(1)).read_bytes()
+    path = tmp_path / "step_000000000002.pt"
+    refused = 0
+    for at in range(0, len(whole), 1 if bits == 255 else 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :])
+        try:
+            found = checkpoint.load(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert found["weights"]["w"].tolist() == [1.0] * 3, at
+            assert found["step"] == 1, at
+    assert refused > 20
+
+
+def test_a_record_that_is_marked_as_a_folder(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, state(1))
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))
+    data[entry + 38] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="data/0 is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_link_to_a_checkpoint_that_is_missing(tmp_path: Path) -> None:
+    """It is named, the newest that is there is taken, and the links lead to it again."""
+    first, last = (checkpoint.save(tmp_path, step, state(step)) for step in (1, 2))
+    checkpoint.name_it(checkpoint.BEST, last)
+    last.unlink()
+    skipped: list[str] = []
+    assert checkpoint.newest(tmp_path, skipped=skipped)[0] == first
+    assert skipped == [f"{str(last)!r}, which 'latest' leads to, is missing"]
+    checkpoint.set_aside(first)
+    assert [(tmp_path / name).resolve(strict=True) for name in ("latest", "best")] == [first.resolve()] * 2
+
+
+def test_links_to_what_is_set_aside_lead_to_what_was_read(tmp_path: Path) -> None:
+    first, last = (checkpoint.save(tmp_path, step, state(step)) for step in (1, 2))
+    checkpoint.name_it(checkpoint.BEST, last)
+    last.write_bytes(b"")
+    checkpoint.set_aside(first)
+    assert [(tmp_path / name).resolve(strict=True) for name in ("latest", "best")] == [first.resolve()] * 2
+
+
 def test_none_valid_is_an_error_that_says_why(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         checkpoint.newest(tmp_path)

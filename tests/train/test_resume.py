@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from zrl import Batch
 from zrl.config import TrainConfig
 from zrl.errors import PreflightError
 from zrl.train import checkpoint, loop
-from zrl.train.loop import Start, train
+from zrl.train.loop import Start, seed_everything, train
+from zrl.train.rng import random_states
 from zrl.train.rollouts import Rollout, entropy_of, make_rollout
 
 
@@ -42,23 +46,73 @@ class Tape:
         self._rollout.close()
 
 
-def weights_of(path: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = checkpoint.load(path)["weights"]
-    return weights
+def learnt(path: Path) -> dict[str, Any]:
+    """What an update changes, as a checkpoint has it."""
+    saved = checkpoint.load(path)
+    return {name: saved[name] for name in ("weights", "optimizer", "random", "step", "update")}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit, however nested."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 @pytest.mark.parametrize("algo", ["ppo", "a2c"])
+def test_what_was_saved_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str) -> None:
+    """When a resumed run wants its first batch: weights, optimizer, version, counters and random states."""
+    c = config(tmp_path, algo=algo, workers=0, steps=256, checkpoint_every=64, minibatch=32)
+    first = train(c)
+    path, saved = checkpoint.newest(first.run.checkpoints)
+    found: list[dict[str, Any]] = []
+
+    class Looks(loop._Run):
+        def _next(self) -> tuple[Batch | None, int | None]:
+            if not found:
+                state = {
+                    "weights": self.actor.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "version": self.rollout.version,
+                    "random": random_states(),
+                }
+                found.append({**copy.deepcopy(state), **self.progress.as_dict(time.monotonic())})
+            return super()._next()
+
+    monkeypatch.setattr(loop, "_Run", Looks)
+    seed_everything(99)
+    starts: list[Start] = []
+    train(dataclasses.replace(c, steps=512), starts.append, resume=first.run)
+    assert starts[0].resumed == path
+    assert (starts[0].step, saved["step"], saved["update"]) == (256, 256, 4)
+    (state,) = found
+    assert len(saved["optimizer"]["state"]) == len(saved["weights"]), "moments of every weight"
+    assert state.pop("version") == saved["version"] + 1, "no version is of two weights"
+    assert state.pop("seconds") >= saved["seconds"]
+    assert {"weights", "optimizer", "random", "step", "update", "episodes"} <= state.keys()
+    for name, value in state.items():
+        assert same(value, saved[name]), name
+
+
+@pytest.mark.parametrize(
+    ("algo", "workers"), [("ppo", 0), ("a2c", 0), ("ppo", 2), pytest.param("a2c", 2, marks=pytest.mark.long)]
+)
 def test_the_next_update_is_the_one_that_would_have_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str, workers: int
 ) -> None:
     """Bit for bit, given the same batches: weights, moments of the optimizer, learning rate, order of minibatches."""
     tape: list[Batch] = []
-    c = config(tmp_path, algo=algo, workers=0, steps=512, checkpoint_every=64, keep=100, minibatch=32)
+    often = {"steps": 512, "checkpoint_every": 64, "keep": 100, "minibatch": 32}
+    c = config(tmp_path, algo=algo, workers=workers, max_lag=0 if workers else None, **often)
     monkeypatch.setattr(loop, "make_rollout", lambda *args, **kw: Tape(make_rollout(*args, **kw), tape))
     whole = train(c)
     saved = sorted(whole.run.checkpoints.glob("step_*.pt"))
     assert len(saved) == len(tape) == 8
-    expected = {path.name: weights_of(path) for path in saved}
+    expected = {path.name: learnt(path) for path in saved}
     for path in saved[4:]:
         path.unlink()
     del tape[:4]  # those that were learnt from already
@@ -66,8 +120,9 @@ def test_the_next_update_is_the_one_that_would_have_followed(
     resumed = train(c, resume=whole.run)
     assert resumed.run.path == whole.run.path
     for path in saved[4:]:
-        weights = weights_of(path)
-        assert all(torch.equal(weights[name], x) for name, x in expected[path.name].items()), path.name
+        found = learnt(path)
+        for name, value in expected[path.name].items():
+            assert same(found[name], value), (path.name, name)
     rows = resumed.run.metrics()
     assert [row["update"] for row in rows] == list(range(1, 9))
     versions = [row["version"] for row in rows]

@@ -382,7 +382,7 @@ class _Run:
             raise
         except OSError as e:
             self._failed()
-            raise CheckpointError(f"cannot write to {str(self.folder.path)!r}: {e}; is the disk full?") from e
+            raise CheckpointError(f"cannot write to {str(self.folder.path)!r}: {e}{checkpoint.hint(e)}") from e
         saved = self._save()
         with contextlib.suppress(OSError):
             self._write_document(outcome)
