@@ -82,6 +82,13 @@ KEYS = {
             *("paced_wanted_per_s", "paced_fragments_per_s", "paced_core_share", "paced_client_core_share"),
         ],
     ),
+    "bench_returns.py": (
+        ["--steps", "3", "20", "--columns", "2", "--rounds", "1"],
+        [
+            *("scan_speedup_t3", "scan_speedup_t20", "scan_over_tight_t20", "scan_error"),
+            *(f"scan_speedup_{name}_t20" for name in ("returns", "gae", "vtrace")),
+        ],
+    ),
     "bench_startup.py": (["--workers", "2", "--repeats", "1"], ["first_batch_s", "first_batch_spawn_s", "close_s"]),
     "bench_vector.py": (
         ["--seconds", "0.02", "--rounds", "1"],

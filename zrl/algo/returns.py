@@ -1,9 +1,9 @@
-"""Returns, advantages and value targets: one time recursion, solved by doubling.
+"""Returns, advantages and value targets: one time recursion, solved by halving.
 
-Everything here is a solution of `y_t = b_t + a_t * y_{t+1}`. Seen as an operator on whole sequences, n steps of it are
-composed from O(log n) squarings, so that a fragment of T steps costs O(log T) kernels instead of the O(T) of a loop.
+Everything here is a solution of `y_t = b_t + a_t * y_{t+1}`. Two steps of it are one of the same form, so that T rows
+are solved by way of T/2: O(log T) kernels and O(T) arithmetic, instead of the O(T) kernels of a loop.
 Nothing is divided: where an episode ends `a_t` is exactly zero, and no finite number leaks through. All functions are
-differentiable; targets are the caller's to detach.
+differentiable, twice too; targets are the caller's to detach.
 
 Index convention (`[T, B]`, `B` may be any number of dimensions, or none): row t belongs to the action taken at t and
 holds r_{t+1}, d_{t+1} and the value of the true final observation, i.e. `rew[1:]`, `fin[1:]` and `final_value[1:]` of a
@@ -17,6 +17,7 @@ Arguments are torch tensors, or NumPy arrays: then NumPy arrays come back. Float
 `ValueError` if shapes differ, and `TypeError` if `fin` is not boolean or `rew` is not floating.
 """
 
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
@@ -52,7 +53,7 @@ def returns(
     """
     r, d, final, w = _tensor(rew), _tensor(fin), _optional(final_value), _optional(omega)
     _check(r, fin=d, final_value=final, omega=w)
-    a, b = _unless(d, r, gamma), r if final is None else r.add(final.masked_fill(~d, 0), alpha=gamma)
+    a, b = _unless(d, r, gamma), r if final is None else r.add(torch.where(d, final, 0), alpha=gamma)
     if w is not None:
         a, b = a * w, b * w
     return _like(rew, _recur(a, b, _end(bootstrap, r, d), bounded=w is None))
@@ -102,8 +103,9 @@ def n_step(
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     r, d, v, end, final = _steps(rew, fin, value, bootstrap, final_value)
-    b = r if final is None else r.add(final.masked_fill(~d, 0), alpha=gamma)
-    return _like(rew, _recur(_unless(d, r, gamma), b, torch.cat([v, end]), n))
+    b = r if final is None else r.add(torch.where(d, final, 0), alpha=gamma)
+    a, y = _unless(d, r, gamma), torch.cat([v, end])
+    return _like(rew, _recur(a, b, y[-1:]) if n >= len(r) else _repeat(a, b, y, n))
 
 
 def vtrace(
@@ -133,35 +135,106 @@ def vtrace(
     """
     steps, ratio = _steps(rew, fin, value, bootstrap, final_value), _tensor(rho)
     _check(steps.rew, rho=ratio)
-    delta = _delta(steps, gamma) * ratio.clamp(max=clip_rho)
+    clipped = ratio.clamp(max=clip_rho)
+    delta = _delta(steps, gamma) * clipped
     a = _unless(steps.fin, delta, gamma * lam) * ratio.clamp(max=clip_c)
     vs = steps.value + _recur(a, delta, torch.zeros_like(delta[-1:]), bounded=gamma * lam * clip_c <= 1)
-    adv = _delta(steps, gamma, ahead=vs) * ratio.clamp(max=clip_rho if clip_pg_rho is None else clip_pg_rho)
+    adv = _delta(steps, gamma, ahead=vs) * (clipped if clip_pg_rho is None else ratio.clamp(max=clip_pg_rho))
     return VTrace(_like(rew, vs), _like(rew, adv))
 
 
 # -- the recursion ---------------------------------------------------------------------------------------------------
 
+FEW = 8  # rows: a plain loop over them takes no more kernels than halving them does, and fewer views
+MANY = 256  # rows: from here on memory counts more than kernels, and four at a time touch it less than two
 
-def _recur(a: Tensor, b: Tensor, y: Tensor, n: int | None = None, *, bounded: bool = True) -> Tensor:
-    """Apply y_t <- b_t + a_t * y_{t+1} n times (`None`: to the end), in O(log n) kernels; returns [T, ...].
 
-    `y` [T+1, ...] is what to start from; only its last row, y_T, is used if n >= T. The maps of s consecutive rows t
-    ... t+s-1 compose to one, y_t = b_t + a_t * y_{t+s}, and two such neighbours compose to one of 2s rows. Row T is the
-    constant map to y_T: a composition that reaches it is constant as well, therefore `a` is kept for the T+1-s rows
-    that do not.
+def _recur(a: Tensor, b: Tensor, end: Tensor, *, bounded: bool = True) -> Tensor:
+    """All y_t = b_t + a_t * y_{t+1}, [T, ...], where `end` [1, ...] is y_T, in O(log T) kernels.
 
     bounded=False keeps products of large `a` finite: where b = 0, inf * 0 would be NaN, and a plain loop yields 0.
     """
+    if not len(b):
+        return b
+    dtype = torch.promote_types(b.dtype, end.dtype)
+    a, b, end = a.to(dtype), b.to(dtype), end.to(dtype)
+    solve: Callable[..., Tensor] = _Recursion.forward
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or end.requires_grad):
+        solve = _Recursion.apply
+    return solve(a, b, end, bounded)[:-1]
+
+
+class _Recursion(torch.autograd.Function):
+    """The solution with y_T as its last row, [T+1, ...]. Its gradient is a recursion again, forwards in time."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, end: Tensor, bounded: bool) -> Tensor:
+        y = b.new_empty((len(b) + 1, *b.shape[1:]))
+        y[-1:] = end
+        _solve(a, b, y, bounded)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.bounded = inputs[3]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """s_t = grad_t + a_{t-1} * s_{t-1} is the gradient at y_t, directly and by way of all rows before it."""
+        a, y = ctx.saved_tensors
+        s: Tensor = _Recursion.apply(a.flip(0), grad[1:].flip(0), grad[:1], ctx.bounded)  # type: ignore[no-untyped-call]
+        s = s.flip(0)
+        return s[:-1] * y[1:], s[:-1], s[-1:], None
+
+
+def _solve(a: Tensor, b: Tensor, y: Tensor, bounded: bool) -> None:
+    """Fill rows 0 ... n-1 of `y` [n+1, ...] from row n, given `a` and `b` [n, ...].
+
+    k consecutive steps compose to one, y_t = b' + a' * y_{t+k}. So every k-th row is found by a recursion with n/k
+    steps, in place, and then the rows between from those after them, all groups at once.
+    """
+    n, k = len(a), 4 if len(a) >= MANY else 2
+    rest = n % k if n > FEW else n
+    if rest:
+        _loop(a[n - rest :], b[n - rest :], y[n - rest :])
+        a, b, y = a[: n - rest], b[: n - rest], y[: n - rest + 1]
+    if rest == n:
+        return
+    a_i, b_i = [a[i::k] for i in range(k)], [b[i::k] for i in range(k)]
+    product, total = a_i[-2] * a_i[-1], torch.addcmul(b_i[-2], a_i[-2], b_i[-1])
+    for i in reversed(range(k - 2)):
+        torch.addcmul(b_i[i], a_i[i], total, out=total)
+        product.mul_(a_i[i])
+    _solve(product if bounded else product.clamp_(max=torch.finfo(a.dtype).max), total, y[::k], bounded)
+    after = y[k::k]
+    for i in reversed(range(1, k)):
+        after = torch.addcmul(b_i[i], a_i[i], after, out=y[i::k])
+
+
+def _loop(a: Tensor, b: Tensor, y: Tensor) -> None:
+    """As `_solve`, row by row."""
+    rows = y.unbind()
+    for a_t, b_t, y_t, after in zip(*(reversed(x) for x in (a.unbind(), b.unbind(), rows[:-1], rows[1:])), strict=True):
+        torch.addcmul(b_t, a_t, after, out=y_t)
+
+
+def _repeat(a: Tensor, b: Tensor, y: Tensor, n: int) -> Tensor:
+    """Apply y_t <- b_t + a_t * y_{t+1} n < T times to `y` [T+1, ...], in O(log n) kernels; returns [T, ...].
+
+    The maps of s consecutive rows t ... t+s-1 compose to one, y_t = b_t + a_t * y_{t+s}, and two such neighbours
+    compose to one of 2s rows. Row T is the constant map to y_T: a composition that reaches it is constant as well,
+    therefore `a` is kept for the T+1-s rows that do not.
+    """
     n_rows, b, s = len(a), torch.cat([b, y[-1:]]), 1
-    n, a = n_rows if n is None else min(n, n_rows), a.to(b.dtype)
-    while s <= n:
-        if n < n_rows and n & s:
+    a = a.to(b.dtype)
+    while True:
+        if n & s:
             y = _ahead(a, b, y, s)
+        if 2 * s > n:
+            return y[:n_rows]
         b, a = _ahead(a, b, b, s), a[:-s] * a[s:]
-        a = a if bounded else a.clamp(max=torch.finfo(a.dtype).max)
         s *= 2
-    return (y if n < n_rows else b)[:n_rows]
 
 
 def _ahead(a: Tensor, b: Tensor, y: Tensor, s: int) -> Tensor:
@@ -170,8 +243,8 @@ def _ahead(a: Tensor, b: Tensor, y: Tensor, s: int) -> Tensor:
 
 
 def _unless(fin: Tensor, like: Tensor, decay: float) -> Tensor:
-    """`decay` where the episode goes on, 0 where it ends."""
-    return like.new_full(fin.shape, decay).masked_fill_(fin, 0)
+    """`decay` where the episode goes on, 0 where it ends. By their bytes: torch converts booleans slowly on CPUs."""
+    return torch.rsub(fin.view(torch.uint8).to(like.dtype), decay, alpha=decay)
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
@@ -196,8 +269,8 @@ def _steps(rew: object, fin: object, value: object, bootstrap: object, final_val
 def _delta(steps: _Steps, gamma: float, ahead: Tensor | None = None) -> Tensor:
     """r_{t+1} + gamma * (final_value or w_{t+1}) - v_t; [T, B]. w is `ahead` (default: v), and bootstrap at T."""
     w = torch.cat([(steps.value if ahead is None else ahead)[1:], steps.bootstrap])
-    w = w.masked_fill(steps.fin, 0) if steps.final is None else torch.where(steps.fin, steps.final, w)
-    return torch.add(steps.rew, w, alpha=gamma) - steps.value
+    w = w.masked_fill_(steps.fin, 0) if steps.final is None else torch.where(steps.fin, steps.final, w)
+    return torch.add(steps.rew, w, alpha=gamma).sub_(steps.value)  # in place where new memory would cost more
 
 
 def _check(rew: Tensor, **others: Tensor | None) -> None:
