@@ -45,6 +45,14 @@ KEYS = {
         ["--kills", "1", "--storm", "1", "--restarts", "1"],
         ["replace_s_median", "replace_s_worst", "rejoin_s", "storm_over_calm", "storm_kills"],
     ),
+    "bench_actor.py": (
+        ["--rounds", "1"],
+        [
+            f"{what}_{actor}"
+            for what in ("forward_us", "step_us", "forward_over_step")
+            for actor in ("mlp_shared", "mlp", "gaussian", "gru", "cnn")
+        ],
+    ),
     "bench_hostile.py": (
         ["--seconds", "0.3", "--rounds", "1", "--kinds", "noise"],
         ["attacked_over_control", "attacked_over_control_noise", "sent_per_s"],
