@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -13,6 +14,7 @@ import pytest
 from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
+from jupyter_core.utils import ensure_event_loop
 
 from tests.faults.world import ROOT, alive, descendants, needs_linux, seen, tell, until
 
@@ -80,10 +82,10 @@ class Kernel:
 
     def close(self) -> None:
         self.client.stop_channels()
-        self.manager.shutdown_kernel(now=False)
-        self.manager.cleanup_resources()
-        self.client.context.destroy(0)
-        self.manager.context.destroy(0)
+        if self.manager.has_kernel:
+            self.manager.shutdown_kernel(now=True)
+        ensure_event_loop().close()  # jupyter_client's, which it makes at first use and keeps
+        asyncio.set_event_loop(None)
 
 
 @pytest.fixture
@@ -100,6 +102,8 @@ def test_an_interrupt_inside_next(kernel: Kernel, tmp_path: Path, then: str) -> 
     kernel, all of them are gone."""
     kernel.run(BEGIN.replace("FOLDER", repr(str(tmp_path))))
     below = descendants(kernel.pid)
+    run_dir = Path(kernel.run("print(it._collator._run_dir)").strip())
+    assert run_dir.exists()
     workers = [pid for pid in below if os.getpgid(pid) == pid and descendants(pid) == []]
     assert len(workers) == 2
     told = [tell(tmp_path, "hold", pid) for pid in workers]
@@ -118,6 +122,8 @@ def test_an_interrupt_inside_next(kernel: Kernel, tmp_path: Path, then: str) -> 
         until(lambda: not any(map(alive, below)), 5.0)
         kernel.run(BEGIN.replace("FOLDER", repr(str(tmp_path))) + GO_ON)  # and there can be another one
         below = descendants(kernel.pid)
+        assert not run_dir.exists()
+        run_dir = Path(kernel.run("print(it._collator._run_dir)").strip())
     kernel.manager.shutdown_kernel(now=then == "closes")
     until(lambda: not any(map(alive, below)), 5.0)
-    until(lambda: not [path for path in tmp_path.glob("zrl-*") if "zrl-logs-" not in path.name], 5.0)
+    until(lambda: not run_dir.exists(), 5.0)

@@ -8,6 +8,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ HOWS = {
     "term": (signal.SIGTERM,),
     "int-int": (signal.SIGINT, signal.SIGINT),
 }
-SOON = 20.0  # seconds for an end that takes at most 5 and the imports, on a busy machine
+
 
 SCRIPT = """
 from tests.faults.world import StampEnv
@@ -62,12 +63,11 @@ class Command:
         }[kind]
         self.folder = programs.folder
         self.mark = f"ZRL_TEST_MARK={secrets.token_hex(8)}"
-        name, _, value = self.mark.partition("=")
-        (temporary := self.folder / kind).mkdir()
+        variable, _, value = self.mark.partition("=")
+        self.temporary = Path(tempfile.mkdtemp(prefix="c-"))  # a short path, or sockets would be elsewhere
         self.program: Program = programs.start(
-            ["setsid", *words], None, **{name: value, "TMPDIR": str(temporary), "XDG_RUNTIME_DIR": ""}
+            ["setsid", *words], None, **{variable: value, "TMPDIR": str(self.temporary), "XDG_RUNTIME_DIR": ""}
         )
-        self.temporary = temporary
         self.pid = self.program.process.pid
         until(lambda: os.getpgid(self.pid) == self.pid)
 
@@ -173,6 +173,35 @@ def test_to_each_of_its_processes(programs: Programs, kind: str) -> None:
     if learner is not None:
         strike(learner.pid, "term")
         learner.ends(codes("term"))
+
+
+@pytest.mark.long
+def test_one_of_two_runs_is_killed_as_a_whole(programs: Programs) -> None:
+    """With nobody left to tidy up: its memory goes with it, the folder of its socket and its logs stays. Another run
+    does not notice, and one more begins at once at the same address."""
+    port = free_port()
+    killed, other = Command(programs, "learner", port), Command(programs, "script", port)
+    killed.program.wait_for("start workers with")
+    host = Command(programs, "worker", port)
+    until(lambda: goes_on(killed, "learner", 1) and goes_on(other, "script", 1), 60.0)
+    everybody = killed.everybody() + host.everybody()
+    assert len(everybody) >= 5
+    before = set(os.listdir("/dev/shm"))
+    for pid in everybody:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not killed.everybody() + host.everybody(), 5.0)
+    again = Command(programs, "learner", port)
+    again.program.wait_for("start workers with")
+    had = other.program.text.count("a batch")
+    until(lambda: goes_on(other, "script", had + 100))
+    assert set(os.listdir("/dev/shm")) <= before
+    left = [path for command in (killed, host) for path in command.temporary.glob("zrl-*")]
+    assert left
+    files = [path for folder in left for path in folder.rglob("*") if path.is_file()]
+    assert all(path.suffix == ".log" for path in files), files
+    for command in (again, other):
+        strike(command.pid, "term")
+        command.ends(codes("term"))
 
 
 def goes_on(command: Command, kind: str, n: int) -> bool:
