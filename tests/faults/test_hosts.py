@@ -143,9 +143,8 @@ def may_have_another_time() -> bool:
     return subprocess.run([*OTHER_TIME, "true"], capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "words", [pytest.param((), id="shm"), pytest.param(("--no-shm",), id="no-shm", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("words", [pytest.param((), id="shm"), pytest.param(("--no-shm",), id="no-shm")])
 def test_a_host_whose_clock_tells_another_time(tmp_path: Path, words: tuple[str, ...]) -> None:
     """By more than eleven days: no time crosses the wire."""
     if not may_have_another_time():
@@ -165,9 +164,10 @@ numpy.__version__ = "1.0.0"
 """
 
 
-def test_a_host_with_other_versions_of_packages(tmp_path: Path) -> None:
-    """What the Hellos say of them is for people: what counts is the version of the protocol, and that the fragments have
-    the same specification."""
+@pytest.mark.long
+def test_a_host_with_other_versions_of_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the Hellos say of them is for people: what counts is the version of the protocol, and that the fragments
+    have the same specification."""
     (tmp_path / "other_versions.py").write_text(OTHER_VERSIONS)
     heard: list[m.Hello] = []
     with learning(tmp_path) as it:
@@ -179,7 +179,7 @@ def test_a_host_with_other_versions_of_packages(tmp_path: Path) -> None:
                 heard.append(message)
             return receive(peer, message, *more)
 
-        peers.receive = listen  # type: ignore[method-assign]
+        monkeypatch.setattr(peers, "receive", listen)
         with hosts(it, tmp_path, "one", words=("--import", "other_versions")) as (one,):
             trains_with(it, one)
     assert [hello.versions[1] for hello in heard if hello.role == "worker"] == 2 * ["torch 1.0.0+other"]
@@ -225,7 +225,8 @@ class Silent:
                     self.n_came += 1
 
 
-@pytest.mark.parametrize("kind", [pytest.param("tcp", marks=pytest.mark.long), "router"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["tcp", "router"])
 def test_a_peer_that_accepts_and_never_answers(tmp_path: Path, kind: str) -> None:
     """A connection is no learner: the host tries again, and gives up when it was told to."""
     seconds = 12 if kind == "tcp" else 7

@@ -129,7 +129,7 @@ def codes(how: str) -> tuple[int, int]:
     return 128 + signum, -signum
 
 
-SHORT = [("train", "int", 0.35, False), ("worker", "int-int", 1.3, True)]
+SHORT = [("train", "int", 0.35, False), ("worker", "term", 0.2, True)]
 #: `zrl train` has every signal at every time; the others get them in turn. As a terminal sends it, or to one process.
 LONG = [
     (kind, how, delay, bool((i + j) % 2))
@@ -151,7 +151,8 @@ def test_at_any_time_after_the_start(programs: Programs, kind: str, how: str, de
     command.ends(codes(how))
 
 
-@pytest.mark.parametrize("kind", ["script", *(pytest.param(x, marks=pytest.mark.long) for x in ("train", "worker"))])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["script", "train", "worker"])
 def test_to_each_of_its_processes(programs: Programs, kind: str) -> None:
     """Ctrl-C is for the one that the user started. A worker that ends is replaced; without the process that starts
     workers there is no going on, which is a failure."""
