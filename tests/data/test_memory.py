@@ -160,6 +160,15 @@ def test_memory_limits_of_control_groups_count(tmp_path: Path) -> None:
         (tmp_path / folder / "memory.stat").write_text("anon 7\nactive_file 100\ninactive_file 20\n")
     assert available_bytes(str(tmp_path), str(tmp_path)) == 2120
     assert available_bytes(str(tmp_path / "none"), str(tmp_path)) == sys.maxsize
+    old = tmp_path / "memory" / "old"
+    old.mkdir(parents=True)
+    for name, text in (
+        ("limit_in_bytes", "4000"),
+        ("usage_in_bytes", "3500"),
+        ("stat", "active_file 1\ntotal_active_file 500\ntotal_inactive_file 7"),
+    ):
+        (old / f"memory.{name}").write_text(text + "\n")
+    assert available_bytes(str(tmp_path), str(tmp_path)) == 1007
 
 
 @linux

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -200,6 +202,68 @@ def test_a_new_environment_that_cannot_be_made_counts_as_another_failure(
         assert audit(it)["rebuilt"] == 2
         assert batch.mask.all()
         assert "no more of these" in caplog.text
+
+
+def test_an_environment_that_crashes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """In C, by a signal: the worker's log says where, and all else which signal it was."""
+    impatient(monkeypatch, restarts=1)
+    ledger = Ledger()
+    with rolling(stamps(tmp_path), log_dir=tmp_path) as it:
+        drive(it, ledger, lambda: len(ledger.from_stamps) == 2)
+        pid = pid_of(kid_of(it, 1))
+        tell(tmp_path, "crash", pid)
+        known = set(ledger.from_stamps[1])
+        drive(it, ledger, lambda: ledger.from_stamps[1] - known)
+        assert audit(it)["losses"] in ({"signal": 1}, {"unreachable": 1})  # who was told first
+        assert "worker 1 ended (signal SIGSEGV); another starts" in caplog.text
+        tell(tmp_path, "crash", pid_of(kid_of(it, 1, not_pid=pid)))
+        with pytest.raises(WorkerError, match="and is not replaced: signal SIGSEGV; its log: "):
+            drive(it, ledger, lambda: False)
+    log = (tmp_path / "worker-1.log").read_text()
+    assert log.count("Fatal Python error: Segmentation fault") == 2
+    assert "in _crash" in log
+
+
+class NotANumber(StampEnv):
+    """From its step 20 on its rewards or its observations are none."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.what = what
+
+    def observe(self) -> Any:
+        return np.full(2, np.nan if self.what == "observation" and self.counter >= 20 else 1.0, np.float32)
+
+    def step(self, action: Any) -> Any:
+        obs, rew, *rest = super().step(action)
+        return obs, np.nan if self.what == "reward" and self.counter >= 20 else rew, *rest
+
+
+@pytest.mark.parametrize(
+    ("what", "debug"), [("reward", False), pytest.param("observation", True, marks=pytest.mark.long)]
+)
+def test_what_is_no_number_is_an_error_of_its_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, debug: bool
+) -> None:
+    impatient(monkeypatch, restarts=0)
+    with rolling(functools.partial(NotANumber, what), log_dir=tmp_path, debug=debug) as it:
+        finite = (batch.state.obs.isfinite().all() and batch.state.rew.isfinite().all() for batch in it)
+        with pytest.raises(WorkerError, match=rf"{what} .*is not finite.*found (nan|NaN)") as caught:
+            assert all(finite)  # whatever is delivered
+        assert caught.value.env_index in range(B)
+
+
+@pytest.mark.long
+def test_an_observation_that_is_no_number_is_let_through() -> None:
+    """Looking at every pixel costs: it is for debug=True."""
+    with rolling(functools.partial(NotANumber, "observation")) as it:
+        found = [next(it).state.obs.isnan().any() for _ in range(20)]
+        assert any(found)
+        assert not found[0]
+        assert audit(it)["losses"] == {}
 
 
 @pytest.mark.parametrize(

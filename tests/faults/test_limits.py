@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -127,6 +128,43 @@ def test_an_environment_that_leaks_is_killed_and_named(group: str) -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert "WorkerError" in done.stdout, done.stdout + done.stderr
     assert "the kernel killed it, since its control group (container, job) was out of memory" in done.stdout
+
+
+LARGE = """
+import sys
+from tests.faults.test_limits import Wide, enter
+from tests.faults.world import rolling
+
+if __name__ == "__main__":
+    enter(sys.argv[1])
+    try:
+        with rolling(Wide, n=1, p=1, k=40) as it:
+            next(it)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+class Wide(StampEnv):
+    """Has observations of 8 MB: a fragment of world's size takes 80."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, (8 << 20,), np.uint8)
+
+    def observe(self) -> Any:
+        return np.zeros(8 << 20, np.uint8)
+
+
+@pytest.mark.long
+def test_a_control_group_that_is_too_small_for_the_rings(group: str) -> None:
+    """The one that wants them is told so: nobody is killed for touching what was promised."""
+    words = [sys.executable, "-c", LARGE, group]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WorkerError" in done.stdout, done.stdout + done.stderr
+    assert "bytes of shared memory: ENOMEM" in done.stdout
+    assert "bytes are available" in done.stdout
 
 
 def test_kills_are_counted_in_either_version(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A machine with next to no /dev/shm, as containers have it: nothing of ours lies there."""
+"""A machine with next to no /dev/shm, as containers have it: nothing of ours lies there. And addresses of memory whose
+process is another by now."""
 
 from __future__ import annotations
 
@@ -42,3 +43,60 @@ def test_one_megabyte(tmp_path: Path) -> None:
     with script(TRAIN, folder=tmp_path, command=UNSHARE) as process:
         output, errors = process.communicate(timeout=PATIENCE)
         assert (process.returncode, output, errors) == (0, "done []\n", "")
+
+
+RING = """
+import dataclasses, json, sys
+from zrl.data.ring import Ring
+ring = Ring.create(100, 2, run_id=bytes(16), incarnation=16 * sys.argv[1].encode(), digest=bytes(16))
+print(json.dumps(dataclasses.asdict(ring.address)), flush=True)
+sys.stdin.read()
+"""
+
+REUSED = """
+import json, subprocess, sys
+from zrl.data.memory import MemoryAddress
+from zrl.data.ring import Ring
+from zrl.errors import SharedMemoryError
+RING = sys.argv[1]
+
+def owner(who):
+    process = subprocess.Popen([sys.executable, "-c", RING, who], stdin=-1, stdout=-1)
+    return process, MemoryAddress(**json.loads(process.stdout.readline()))
+
+def attach(who):
+    ids = dict(run_id=bytes(16), incarnation=16 * who, digest=bytes(16))
+    Ring.attach(address, **ids, slot_nbytes=100, n_slots=2, max_nbytes=1 << 20).close()
+
+first, address = owner("a")
+attach(b"a")
+first.kill()
+first.wait()
+with open("/proc/sys/kernel/ns_last_pid", "w") as f:
+    f.write(str(first.pid - 1))
+second, again = owner("b")
+assert again == address, (again, address)  # the same numbers, of another process
+try:
+    attach(b"a")
+except SharedMemoryError as error:
+    print(error)
+attach(b"b")
+second.kill()
+second.wait()
+"""
+OTHER_PIDS = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+def may_choose_pids() -> bool:
+    words = [*OTHER_PIDS, "sh", "-c", "echo 100 > /proc/sys/kernel/ns_last_pid"]
+    return shutil.which("unshare") is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+
+def test_a_pid_that_is_another_process_by_now(tmp_path: Path) -> None:
+    """With a ring of the same size at the same descriptor: what tells is the incarnation in its header."""
+    if not may_choose_pids():
+        pytest.skip("needs the right to make pid namespaces, and a kernel that lets us choose pids")
+    with script(REUSED, RING, folder=tmp_path, command=OTHER_PIDS) as process:
+        output, errors = process.communicate(timeout=PATIENCE)
+        expected = f"ring: incarnation: expected {(16 * b'a').hex()}, found {(16 * b'b').hex()}\n"
+        assert (process.returncode, output, errors) == (0, expected, "")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +31,7 @@ from tests.faults.world import (
     phase,
     pid_of,
     rolling,
+    rss,
     seen,
     settle,
     stamps,
@@ -165,6 +170,99 @@ def test_a_step_that_takes_long_is_no_desync(monkeypatch: pytest.MonkeyPatch, tm
         drive(it, ledger, done.done)
         ledger.check(next(it))
         assert audit(it)["losses"] == {}
+
+
+class LongReset(StampEnv):
+    """The first reset after the end of an episode takes so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds, self.n_resets = seconds, 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.n_resets += 1
+        if self.n_resets == 2:
+            time.sleep(self.seconds)
+        return super().reset(seed=seed, options=options)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "silence"),
+    [(0.8, 0.5), pytest.param(20.0, 5.0, marks=[pytest.mark.long, pytest.mark.timeout(120)])],
+)
+def test_a_reset_that_takes_long_is_legal(monkeypatch: pytest.MonkeyPatch, seconds: float, silence: float) -> None:
+    """Longer than the deadlines by which the dead are told: only a call that does not end is a stall."""
+    impatient(monkeypatch, silence=silence)
+    ledger = Ledger()
+    with rolling(functools.partial(LongReset, seconds), stall_timeout=3 * seconds) as it:
+        pids = [pid_of(kid) for kid in kids(it)]
+        begin = time.monotonic()
+        drive(it, ledger, lambda: ledger.n_fragments == 12, PATIENCE + 3 * seconds)
+        assert time.monotonic() - begin > seconds
+        assert [pid_of(kid) for kid in kids(it)] == pids
+        stats = audit(it)
+        assert (stats["losses"], stats["dropped"], stats["refused"]) == ({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("pause", "seconds"), [(0.3, 1.5), pytest.param(2.0, 60.0, marks=[pytest.mark.long, pytest.mark.timeout(180)])]
+)
+def test_a_slow_loop_costs_nothing(monkeypatch: pytest.MonkeyPatch, pause: float, seconds: float) -> None:
+    """Its workers have filled all slots whenever it comes for a batch, and wait; memory stays where it is."""
+    impatient(monkeypatch)
+    ledger = Ledger()
+    with rolling(stamps(), stall_timeout=0.5, starve_timeout=0.5) as it:
+        drive(it, ledger, lambda: both(ledger))
+        drive(it, ledger, lambda: ledger.n_fragments >= 40)  # whatever grows at first
+        settle(it)
+        pids = [pid_of(kid) for kid in kids(it)]
+        before, memory, begin = [cpu_seconds(pid) for pid in pids], rss(os.getpid()), time.monotonic()
+        while time.monotonic() - begin < seconds:
+            time.sleep(pause)  # what the user does with a batch
+            settle(it)
+            ledger.check(next(it))
+        used = [cpu_seconds(pid) - was for pid, was in zip(pids, before, strict=True)]
+        assert max(used) <= 0.05 + 0.02 * seconds, f"workers used {used} s of CPU in {seconds:.0f} s"
+        grown = rss(os.getpid()) - memory
+        assert grown < 4 << 20, f"memory grew by {grown:,} bytes"
+        assert [pid_of(kid) for kid in kids(it)] == pids
+        stats = audit(it)
+        assert (stats["losses"], stats["dropped"], stats["refused"]) == ({}, {}, {})
+
+
+def one_slow(folder: Path, seconds: float) -> Callable[[], StampEnv]:
+    """Factory whose environments are slow in whichever worker comes first."""
+
+    def make() -> StampEnv:
+        with contextlib.suppress(FileExistsError), open(folder / "slow", "x") as file:
+            file.write(str(os.getpid()))
+        return StampEnv(slow=seconds if (folder / "slow").read_text() == str(os.getpid()) else 0.0)
+
+    return make
+
+
+@pytest.mark.parametrize("max_lag", [pytest.param(None, marks=pytest.mark.long), 0])
+def test_one_slow_environment_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, max_lag: int | None
+) -> None:
+    """A loop that is faster has a notice where a batch must wait for it, however small the deadlines are; else the
+    others fill its batches."""
+    impatient(monkeypatch, silence=0.3)
+    monkeypatch.setattr("zrl.rollout.pipeline.FIRST_COMPLAINT", 0.2)
+    ledger = Ledger()
+    with rolling(one_slow(tmp_path, 0.1), max_lag=max_lag, stall_timeout=0.5, starve_timeout=0.3) as it:
+        drive(it, ledger, lambda: both(ledger))
+        caplog.clear()
+        before = ledger.n_fragments
+        drive(it, ledger, lambda: ledger.n_fragments >= before + (6 if max_lag == 0 else 200))
+        stats = audit(it)
+        assert stats["losses"] == {}
+        shares = Counter(worker for worker, _, _ in ledger.seen)
+        if max_lag == 0:
+            assert len(set(shares.values())) == 1
+            assert "starved: no batch for" in caplog.text
+        else:
+            assert max(shares.values()) > 5 * min(shares.values())
 
 
 def test_a_paused_learner_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -105,6 +106,10 @@ def _abort(path: str) -> None:
     os._exit(int(Path(path).read_text() or 0))
 
 
+def _crash(path: str) -> None:
+    ctypes.string_at(0)
+
+
 TROUBLES: dict[str, Callable[[str], None]] = {
     "hold": _hold,
     "gil": _hang_with_the_gil,
@@ -112,6 +117,7 @@ TROUBLES: dict[str, Callable[[str], None]] = {
     "once": _raise_once,
     "exit": _exit,
     "abort": _abort,
+    "crash": _crash,
 }
 
 
@@ -283,6 +289,11 @@ def alive(pid: int) -> bool:
 def cpu_seconds(pid: int) -> float:
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rss(pid: int) -> int:
+    """Bytes of memory that a process has, shared ones included."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def descendants(pid: int) -> list[int]:

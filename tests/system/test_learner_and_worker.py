@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,43 @@ def test_a_restarted_learner_gets_its_workers_back(programs: Programs) -> None:
     assert worker.text.count("welcome") == 2
     assert worker.wait() == 0, worker.text
     assert not any(Path(f"/proc/{pid}").exists() for pid in before)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("words", [pytest.param((), id="shm"), pytest.param(("--no-shm",), id="no-shm")])
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+def test_a_learner_that_stands_still_for_half_a_minute(programs: Programs, kind: str, words: tuple[str, ...]) -> None:
+    """Its host gives it up, and comes back by itself; the learner takes nobody for lost for want of words that it could
+    not hear. What the host's end cost is counted, and then all is as it was."""
+    url = address(kind, programs.folder)
+    learner = programs.learner(url, "--steps", "100M")
+    worker = programs.worker(url, *words)
+    goes_on(programs, learner)
+    before = rate(programs)
+    os.kill(learner.process.pid, signal.SIGSTOP)
+    time.sleep(30.0)
+    os.kill(learner.process.pid, signal.SIGCONT)
+    worker.wait_for("welcome", 2)
+    goes_on(programs, learner)
+    until(lambda: rate(programs) > before / 3, lambda: f"slower than {before:.0f} updates/s: {learner.text}")
+    status = status_of(url, programs.folder)
+    assert status["workers"] == 2
+    assert set(status["losses"]) <= {"host bye", "unreachable", "host unreachable"}, status["losses"]
+    assert sum(status["losses"].values()) == 2
+    f = status["fragments"]
+    assert f["committed"] == f["consumed"] + f["dropped"] + f["in_flight"]
+    assert f["lost"] <= 2
+    learner.process.send_signal(signal.SIGINT)
+    assert learner.wait() == 130, learner.text
+    assert worker.wait() == 0, worker.text
+
+
+def rate(programs: Programs) -> float:
+    """Updates a second, over two."""
+    before, begin = trained(programs.folder), time.monotonic()
+    time.sleep(2.0)
+    return (trained(programs.folder) - before) / (time.monotonic() - begin)
 
 
 def test_a_worker_gives_up_without_a_learner(programs: Programs) -> None:

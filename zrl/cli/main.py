@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import signal
+from typing import Any
 
 import click
 
@@ -33,7 +35,17 @@ def _print_versions(context: click.Context, option: click.Parameter, asked: bool
     context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+class _Verbs(click.Group):
+    """Ctrl-C outside of where a verb looks out for it ends it with the status of a SIGINT, not that of a failure."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(128 + signal.SIGINT) from None
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions, help="versions, and exit"
 )

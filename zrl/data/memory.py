@@ -47,6 +47,8 @@ Bytes = npt.NDArray[np.uint8]
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING, _MFD_NOEXEC_SEAL = 0x1, 0x2, 0x8
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
+_V1_FILES = ("limit_in_bytes", "usage_in_bytes", "stat")  # of a control group
+_V2_FILES = ("max", "current", "stat")
 _HAS_MEMFD = sys.platform == "linux"
 _MAX_FD = 1 << 20
 _MAX_PID = 1 << 22
@@ -289,8 +291,8 @@ def boot_id() -> str:
 def available_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
     """What this process may still allocate without swapping others out or being killed, as far as Linux tells.
 
-    The least of the machine (MemAvailable + SwapFree) and of the limits of our control groups (version 2: Kubernetes,
-    Slurm, Docker). An estimate: others allocate at the same time.
+    The least of the machine (MemAvailable + SwapFree) and of the limits of our control groups (Kubernetes, Slurm,
+    Docker), of either version. An estimate: others allocate at the same time.
     """
     lines = _lines(f"{proc}/meminfo")
     info = {key: int(rest.split()[0]) << 10 for key, _, rest in (line.partition(":") for line in lines)}
@@ -300,13 +302,18 @@ def available_bytes(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int
 
 def _cgroup_rooms(proc: str, cgroups: str) -> Iterator[int]:
     """Bytes left in our control group and in each of its parents that has a limit."""
-    own = next((line[3:] for line in _lines(f"{proc}/self/cgroup") if line.startswith("0::")), "")
-    for group in [Path(own), *Path(own).parents] if own else []:
-        limit, used, details = (_lines(f"{cgroups}/{group}/memory.{name}") for name in ("max", "current", "stat"))
-        if limit and used and limit[0] != "max":  # the root group has no limit; version 1 has other files
-            stats = dict(line.split() for line in details)
-            files = int(stats.get("active_file", 0)) + int(stats.get("inactive_file", 0))
-            yield int(limit[0]) - int(used[0]) + files  # cached files count as used, but give way
+    for line in _lines(f"{proc}/self/cgroup"):
+        _, controllers, own = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = f"{cgroups}/memory" if controllers else cgroups
+        names, prefix = (_V1_FILES, "total_") if controllers else (_V2_FILES, "")
+        for group in [Path(own), *Path(own).parents]:
+            limit, used, details = (_lines(f"{root}/{group}/memory.{name}") for name in names)
+            if limit and used and limit[0] != "max":  # the root group of version 2 has no limit
+                stats = dict(line.split() for line in details)
+                files = sum(int(stats.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+                yield int(limit[0]) - int(used[0]) + files  # cached files count as used, but give way
 
 
 def _lines(path: str) -> list[str]:

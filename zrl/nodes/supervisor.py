@@ -55,6 +55,7 @@ from zrl.protocol.redirect import PATIENCE
 MAX_WEIGHTS_NBYTES = 1 << 36
 ANSWER_TIMEOUT = 60.0  # seconds for Weights after Fetch: they may be large, and the way slow
 FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds before another Hello
+NOTICE = 5.0  # seconds without an answer after which to say so
 GRACE = 5.0  # seconds for the workers' end
 BYE_TIMEOUT = 2.0
 MOST_WARNINGS = 20  # of messages that make no sense, in a run
@@ -444,7 +445,7 @@ class _Run:
         return dataclasses.replace(self._hello, run_id=run_id)
 
     async def _hello_until(self, give_up: float | None) -> m.Welcome:
-        delay = FIRST_DELAY
+        delay, notice = FIRST_DELAY, time.monotonic() + NOTICE
         while give_up is None or time.monotonic() < give_up:
             self.send(self._hello)  # without a connection it goes nowhere, and is said again
             try:
@@ -452,6 +453,9 @@ class _Run:
             except TimeoutError:
                 if time.monotonic() >= self.home_at:
                     raise _Elsewhere(f"nobody answers at {self._o.url}", "") from None
+                if time.monotonic() >= notice:
+                    self._say(f"nobody has answered at {self._o.url} for {NOTICE:.0f} s: trying on")
+                    notice = math.inf
                 continue
             if self.home_at < math.inf:
                 self.home_at = time.monotonic() + self._o.patience_away
