@@ -156,3 +156,11 @@ def test_too_many_failures_of_a_worker(tmp_path: Path, monkeypatch: pytest.Monke
     assert "failed again after 1 restarts" in result.output
     assert result.output.rstrip().endswith("RuntimeError: broken after 40 steps")
     assert list(tmp_path.glob("*/checkpoints/step_*.pt"))
+
+
+def test_ctrl_c_before_a_verb_looks_out_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zrl.cli.train.settings_of", interrupted)
+    assert run("train", "CartPole-v1").exit_code == 130
