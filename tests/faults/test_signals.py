@@ -154,8 +154,8 @@ def test_at_any_time_after_the_start(programs: Programs, kind: str, how: str, de
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["script", "train", "worker"])
 def test_to_each_of_its_processes(programs: Programs, kind: str) -> None:
-    """Ctrl-C is for the one that the user started. A worker that ends is replaced; without the process that starts
-    workers there is no going on, which is a failure."""
+    """Ctrl-C is for the one that the user started. A worker that is told to end finishes, and is replaced. SIGTERM is
+    nothing to the process that starts workers; without it there is no going on, which is a failure."""
     port = free_port()
     learner = Command(programs, "learner", port) if kind == "worker" else None
     command = Command(programs, kind, port)
@@ -169,6 +169,8 @@ def test_to_each_of_its_processes(programs: Programs, kind: str) -> None:
     strike(workers[0], "term")
     until(lambda: len(found := command.workers()) == 2 and workers[0] not in found)
     strike(command.zygote(), "term")
+    time.sleep(0.3)
+    os.kill(command.zygote(), signal.SIGKILL)
     command.ends([1])
     assert "the zygote ended with" in command.program.text
     if learner is not None:
