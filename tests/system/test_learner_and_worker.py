@@ -245,6 +245,7 @@ def test_who_does_not_finish_in_time_is_killed(programs: Programs) -> None:
     assert "not all workers have finished within 0.5 s, and are killed" in worker.text
 
 
+@pytest.mark.long
 def test_a_name_belongs_to_one_host(programs: Programs) -> None:
     url = address("ipc", programs.folder)
     learner = programs.learner(url, "--steps", "100M")
@@ -322,6 +323,7 @@ def test_with_keys(programs: Programs) -> None:
             assert not any(secret.encode() in file.read_bytes() for secret in secrets), file
 
 
+@pytest.mark.long
 def test_an_address_in_use(programs: Programs) -> None:
     url = f"tcp://127.0.0.1:{free_port()}"
     first = programs.learner(url)

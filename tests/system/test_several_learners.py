@@ -105,6 +105,7 @@ def test_two_learners_train_as_one_and_stop_as_one(programs: Programs) -> None:
     assert state["step"] == state["update"] * 2 * 32  # the steps of both, and whole updates only
 
 
+@pytest.mark.long
 def test_a_learner_that_is_killed_ends_the_other_and_both_can_be_resumed(programs: Programs) -> None:
     url = f"tcp://127.0.0.1:{port_for_two()}"
     hosts = [worker(programs, url, name) for name in ("a", "b")]
