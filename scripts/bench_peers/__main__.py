@@ -3,10 +3,10 @@
     make bench-peers ARGS="--works w1,w1l --systems plain,zrl,sb3-dummy --rounds 3 --seconds 5"
 
 Every measurement is a fresh process with one thread per torch; within a round the systems take turns, and every round
-begins with another one. Each result is kept at once, in ``measurements.jsonl``: a run that was broken off goes on where it
-was (``--fresh`` begins anew; other seconds do, too). What does not install or run is in the table with its reason. At the
-end: the table, ``results.json``, ``results.md``, ``results.png``, and as the last line one flat JSON object (see `report`).
-"""
+begins with another one. Each result is kept at once, in ``measurements.jsonl``: a run that was broken off goes on
+where it was (``--fresh`` begins anew; other seconds do, too). What does not install or run is in the table with its
+reason. At the end: the table, ``results.json``, ``results.md``, ``results.png``, and as the last line one flat JSON
+object (see `report`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "bench_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--works", type=names(WORKS), default=list(WORKS), help="with commas between: " + ", ".join(WORKS))
+    parser.add_argument(
+        "--works", type=names(WORKS), default=list(WORKS), help="with commas between: " + ", ".join(WORKS)
+    )
     parser.add_argument("--systems", type=names(SYSTEMS), default=list(SYSTEMS), help=", ".join(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
@@ -49,7 +51,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--venvs", type=Path, default=ROOT / ".venv-peers", help="folder of the peers' environments")
     parser.add_argument("--no-install", action="store_true", help="take only the environments that are there")
     parser.add_argument("--fresh", action="store_true", help="forget earlier measurements")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the tables of what was measured")
+    parser.add_argument(
+        "--markdown", action="store_true", help="measure nothing: print the tables of what was measured"
+    )
     args = parser.parse_args()
     args.out, args.venvs = args.out.resolve(), args.venvs.resolve()
     return args

@@ -42,7 +42,7 @@ class Learner:
 
     def _ppo(self, obs: Tensor, act: Tensor, log_prob: Tensor, adv: Tensor, ret: Tensor) -> None:
         for _ in range(EPOCHS):
-            for i in torch.randperm(len(adv)).split(MINIBATCH):
+            for i in torch.randperm(len(adv)).split(MINIBATCH):  # type: ignore[no-untyped-call]
                 out, value, _ = self.net(obs[i])
                 pi = self.net.distribution(out)
                 a = (adv[i] - adv[i].mean()) / (adv[i].std() + 1e-8)

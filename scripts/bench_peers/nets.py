@@ -3,6 +3,7 @@ sizes; whoever takes a module gets these."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,9 +40,7 @@ class Cells(nn.Module):
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    return nn.Sequential(
-        *(layer for n, m in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(n, m), nn.ReLU()))
-    )
+    return nn.Sequential(*(layer for n, m in itertools.pairwise(sizes) for layer in (nn.Linear(n, m), nn.ReLU())))
 
 
 class Doubles(nn.Module):

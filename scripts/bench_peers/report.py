@@ -1,11 +1,10 @@
 """From measurements to a table, flat keys, Markdown and a chart.
 
 The flat keys: ``<work>_over_<peer>``, how many times as fast zrl is, and ``<work>_<system>_steps_per_s`` (for "solve"
-``…_seconds``), medians. A ratio is the median of the rounds' ratios, against the fastest variant of the peer; of "solve" it
-is the ratio of the medians over the seeds, start-up included, and ``solve_warm_over_<peer>`` without. 0: one of the two was
-not measured, or did not run. ``w1l_over_plain`` and ``ppo_over_plain`` are against the loop that learns nothing,
-``…_over_plain_learns`` against the one that does.
-"""
+``…_seconds``), medians. A ratio is the median of the rounds' ratios, against the fastest variant of the peer; of
+"solve" it is the ratio of the medians over the seeds, start-up included, and ``solve_warm_over_<peer>`` without. 0:
+one of the two was not measured, or did not run. ``w1l_over_plain`` and ``ppo_over_plain`` are against the loop that
+learns nothing, ``…_over_plain_learns`` against the one that does."""
 
 from __future__ import annotations
 
@@ -82,7 +81,9 @@ class Report:
         found: Values = {}
         for r in self._records:
             if (r["work"], r["system"]) == (work, system) and "error" not in r:
-                found[r["round"]] = (r[field] if r["value"] is not None else math.inf) if work == "solve" else r["value"]
+                found[r["round"]] = (
+                    (r[field] if r["value"] is not None else math.inf) if work == "solve" else r["value"]
+                )
         return found
 
     def reason(self, work: str, system: str) -> str | None:
@@ -156,7 +157,12 @@ class Report:
                 yield system, "–", reason, ""
                 continue
             low, high = min(values.values()), max(values.values())
-            yield system, _number(work, _median(values)), f"{_number(work, low)} to {_number(work, high)}", self._times(work, system)
+            yield (
+                system,
+                _number(work, _median(values)),
+                f"{_number(work, low)} to {_number(work, high)}",
+                self._times(work, system),
+            )
 
     def _times(self, work: str, system: str) -> str:
         mine, theirs = self.values(work, "zrl"), self.values(work, system)
@@ -173,7 +179,11 @@ class Report:
         lines = [f"{self.machine['processor']}, {self.machine['cores']} cores, load {self.machine['load_at_start']}"]
         for work in self.works:
             unit = "seconds" if work == "solve" else "steps/s"
-            lines += ["", f"{work}: {WORKS[work].title}", f"  {'':17} {unit:>11}  {'range':28} zrl is so many times as fast"]
+            lines += [
+                "",
+                f"{work}: {WORKS[work].title}",
+                f"  {'':17} {unit:>11}  {'range':28} zrl is so many times as fast",
+            ]
             lines += [f"  {name:17} {median:>11}  {span:28} {ratio}" for name, median, span, ratio in self._cells(work)]
         return "\n".join(lines)
 

@@ -26,7 +26,7 @@ def is_ready(venvs: Path, name: str) -> bool:
 
 
 def prepare(venvs: Path, name: str) -> str:
-    """Make the environment, unless it is there and whole; "" or why it could not be made. It is tried again next time."""
+    """Make the environment, unless it is there and whole; "" or why that failed. It is tried again next time."""
     if is_ready(venvs, name):
         return ""
     folder = venvs / name

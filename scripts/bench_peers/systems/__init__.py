@@ -14,6 +14,8 @@ from typing import Any
 
 #: What the environments need besides; versions are left to what the peer allows.
 GAMES = ("ale-py", "opencv-python-headless", "minigrid", "gymnasium[mujoco]")
+#: For peers that insist on Gymnasium 0.29, which later versions of ale-py do not know.
+OLD_GAMES = ("ale-py==0.10.1", *GAMES[1:])
 COLLECT = ("w1", "w2", "w3")
 LEARN = ("w1l", "ppo")
 ALL = (*COLLECT, *LEARN, "w4")
@@ -29,7 +31,7 @@ class System:
         package: whose version is recorded.
         works: those that it does.
         options: of ``run`` and ``solve``.
-        lacks: why it does not do some other works, by name; "*": all the others.
+        lacks: why it does not do some other works, by name.
     """
 
     module: str
@@ -41,32 +43,25 @@ class System:
 
     def why_not(self, work: str) -> str | None:
         """Why it does not do this work; None where it does, or where nobody would expect it."""
-        return None if work in self.works else self.lacks.get(work, self.lacks.get("*"))
+        return None if work in self.works else self.lacks.get(work)
 
 
 #: What pip installs into each virtual environment. torch is everywhere the one of constraints.txt.
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "sb3": ("stable-baselines3==2.9.2", *GAMES),
     "torchrl": ("torchrl==0.14.1", *GAMES),
-    "sample_factory": ("sample-factory==2.1.1", *GAMES),
+    "sample_factory": ("sample-factory==2.1.1", *OLD_GAMES),
     "tianshou": ("tianshou==2.0.1", *GAMES),
-    "pufferlib": ("pufferlib==1.0.1", "psutil", "torch", *GAMES),
+    "pufferlib": ("pufferlib==1.0.1", "psutil", "torch", *OLD_GAMES),
     "rllib": ("ray[rllib]==2.60.0", "torch", *GAMES),
 }
 
+_REST = dict.fromkeys(("w1", "w2", "w3", "w4", "ppo"), "not configured here")
 _NO_GRU = {"w4": "no recurrent policy"}
 _SB3 = System("sb3", "sb3", "stable-baselines3", (*COLLECT, *LEARN), lacks=_NO_GRU)
 _TORCHRL = System("torchrl", "torchrl", "torchrl", (*COLLECT, *LEARN), lacks={"w4": "not configured here"})
 _TIANSHOU = System("tianshou", "tianshou", "tianshou", (*COLLECT, *LEARN), lacks={"w4": "not configured here"})
 _PUFFER = System("pufferlib", "pufferlib", "pufferlib", (*COLLECT, *LEARN), lacks={"w4": "not configured here"})
-
-_RLLIB = {
-    "w1": "it does not collect without its learner",
-    "w2": "it has no network for frames first that takes bytes",
-    "w3": "it does not collect without its learner",
-    "w4": "not configured here",
-    "ppo": "not configured here",
-}
 
 
 def _with(system: System, **changes: Any) -> System:
@@ -87,11 +82,15 @@ SYSTEMS: dict[str, System] = {
     "pufferlib": _with(_PUFFER, options={"processes": False}),
     "pufferlib-mp": _with(_PUFFER, options={"processes": True}),
     "sample-factory": System(
-        "sample_factory", "sample_factory", "sample-factory", (*COLLECT, "w1l", "w4", "solve"), lacks={"ppo": "as w1l"}
+        "sample_factory",
+        "sample_factory",
+        "sample-factory",
+        (*COLLECT, "w1l", "w4", "solve"),
+        lacks={"ppo": "its update is that of w1l"},
     ),
     "tianshou-dummy": _with(_TIANSHOU, options={"processes": False}),
     "tianshou-subproc": _with(_TIANSHOU, options={"processes": True}),
     "torchrl-sync": _with(_TORCHRL, options={"asynchronous": False}),
     "torchrl-async": _with(_TORCHRL, works=(*COLLECT, "w1l"), options={"asynchronous": True}),
-    "rllib": System("rllib", "rllib", "ray", ("w1l",), lacks=_RLLIB),
+    "rllib": System("rllib", "rllib", "ray", ("w1l",), lacks=_REST),
 }

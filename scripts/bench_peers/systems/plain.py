@@ -1,9 +1,9 @@
 """The bare loop: what one writes with no library. Two processes, each with its environments, the eager network, softmax
 and multinomial; every leaf is recorded into NumPy arrays. Nothing leaves the processes: what they count is delivered.
 
-It is the limit of what such a loop can do, since it saves all communication. Without `learns` it learns nothing, also in
-works with an update; with it each process makes its own update of its own half of the batch, and the two drift apart.
-"""
+It is the limit of what such a loop can do, since it saves all communication. Without `learns` it learns nothing, also
+in works with an update; with it each process makes its own update of its own half of the batch, and the two drift
+apart."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """PufferLib's vectorisation: `Serial`, or `Multiprocessing` with two workers, with a plain loop, the network of `nets`,
 softmax and multinomial, recorded into NumPy arrays, and the update of `learn`.
 
-With processes the loop is the asynchronous one that PufferLib recommends: it acts for one worker's environments while the
-other worker steps its own (PPO too, in its favour). Version 1.0.1: later ones fetch a graphics library from elsewhere
-when pip builds them. A step after an end only resets the environment, which counts, in its favour.
-"""
+With processes the loop is the asynchronous one that PufferLib recommends: it acts for one worker's environments while
+the other worker steps its own, and updates with each half of a batch. Version 1.0.1: later ones fetch a graphics library from
+elsewhere when pip builds them. A step after an end only resets the environment, which counts, in its favour."""
 
 from __future__ import annotations
 
@@ -58,7 +57,6 @@ def run(work: Work, window: Window, *, processes: bool) -> None:
     space = env.single_observation_space
     halves: dict[int, Half] = {}
     env.async_reset(1)
-    delivered = 0
     while True:
         now, rew, terminated, truncated, _, ids, _ = env.recv()
         half = halves.setdefault(int(ids.flat[0]), Half(work, columns, space.shape, space.dtype))
@@ -69,14 +67,10 @@ def run(work: Work, window: Window, *, processes: bool) -> None:
         half.at += 1
         if half.at == work.n_steps:
             half.at = 0
-            delivered += columns * work.n_steps
-            if all(h.at == 0 for h in halves.values()) and delivered:
-                if learner is not None:
-                    for each in halves.values():
-                        learner(**each.record, last=now)
-                if window.delivered(delivered):
-                    break
-                delivered = 0
+            if learner is not None:
+                learner(**record, last=now)
+            if window.delivered(columns * work.n_steps):
+                break
         with torch.inference_mode():
             record["obs"][half.at] = now
             out, value, _ = net(torch.from_numpy(record["obs"][half.at]))

@@ -1,13 +1,12 @@
 """RLlib: IMPALA with two environment runners, its learner in the driver's process, on its new API stack.
 
-One step of IMPALA for every batch of the same size; steps are counted as the learner reports them trained. The network is
-RLlib's own of the same sizes, shared by policy and value. Environments of a runner are a vector of Gymnasium, stepped by
-it in turns. It has no collection without a learner to measure.
+One step of IMPALA for every batch of the same size; steps are counted as the learner reports them trained. The network
+is RLlib's own of the same sizes, shared by policy and value. Environments of a runner are a vector of Gymnasium,
+stepped by it in turns. Collection without the learner, and other works, are not configured.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from bench_peers.window import Window
@@ -15,7 +14,6 @@ from bench_peers.work import Work, make_env
 
 
 def run(work: Work, window: Window) -> None:
-    os.environ["RAY_DEDUP_LOGS"] = "0"
     import ray
     from ray.rllib.algorithms.impala import IMPALAConfig
     from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig

@@ -1,9 +1,9 @@
 """Sample Factory: APPO with two rollout workers, double-buffered as it recommends, one policy worker, one learner.
 
-Collection alone is its sampling interface (`SyncSamplingAPI`), which has no learner. With an update: one epoch of one batch of
-the same size, without V-trace; its loss is that of PPO. The network is that of `nets`, as an encoder that policy and value
-share; with a GRU of 64 where the work has one. Inputs and returns are not normalised, nothing is saved. It needs Gymnasium
-0.29, which has HalfCheetah-v4 instead of v5.
+Collection alone is its sampling interface (`SyncSamplingAPI`), which has no learner. With an update: one epoch of one
+batch of the same size, without V-trace; its loss is that of PPO. The network is that of `nets`, as an encoder that
+policy and value share; with a GRU of 64 where the work has one. Inputs and returns are not normalised, nothing is
+saved. It needs Gymnasium 0.29, which has HalfCheetah-v4 instead of v5.
 
 "Solve" has the settings of its own example for CartPole-v1 (``sf_examples/train_gym_env.py``), with two workers.
 """
@@ -31,7 +31,12 @@ from bench_peers.work import GIVE_UP, GOAL, Work, make_env
 
 COMMON = (
     *("--algo=APPO", "--experiment=bench", "--device=cpu", "--num_workers=2", "--with_vtrace=False", "--seed=1"),
-    *("--normalize_input=False", "--normalize_returns=False", "--obs_scale=1.0", "--decorrelate_experience_max_seconds=0"),
+    *(
+        "--normalize_input=False",
+        "--normalize_returns=False",
+        "--obs_scale=1.0",
+        "--decorrelate_experience_max_seconds=0",
+    ),
     *("--save_every_sec=100000", "--save_best_every_sec=100000", "--experiment_summaries_interval=100000"),
     *("--restart_behavior=overwrite", "--with_wandb=False", "--adaptive_stddev=False"),
 )

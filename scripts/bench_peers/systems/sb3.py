@@ -1,5 +1,5 @@
-"""Stable-Baselines3: `A2C` and `PPO` with their own rollout buffer, over a DummyVecEnv of all environments in one process,
-or over a SubprocVecEnv, which has a process for each environment: it has no other way.
+"""Stable-Baselines3: `A2C` and `PPO` with their own rollout buffer, over a DummyVecEnv of all environments in one
+process, or over a SubprocVecEnv, which has a process for each environment: it has no other way.
 
 The network is that of `nets`, as a features extractor that policy and value share. Collection alone is
 ``collect_rollouts`` called again and again; with an update, ``train`` follows. A2C has SB3's own optimizer (RMSprop).

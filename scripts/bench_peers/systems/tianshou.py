@@ -1,9 +1,8 @@
-"""Tianshou: a `Collector` with a buffer of one batch, over a `DummyVectorEnv` of all environments in one process, or over a
-`SubprocVectorEnv` with shared memory, which has a process for each environment: it has no other way.
+"""Tianshou: a `Collector` with a buffer of one batch, over a `DummyVectorEnv` of all environments in one process, or
+over a `SubprocVectorEnv` with shared memory, which has a process for each environment: it has no other way.
 
-Actor and critic are one module with the network of `nets`, which is asked twice: values are not recorded as it acts. The
-update is Tianshou's own A2C or PPO, on the whole buffer.
-"""
+Actor and critic are one module with the network of `nets`, which is asked twice: values are not recorded as it acts.
+The update is Tianshou's own A2C or PPO, on the whole buffer."""
 
 from __future__ import annotations
 

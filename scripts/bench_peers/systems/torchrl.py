@@ -1,12 +1,12 @@
 """TorchRL: `MultiSyncCollector` and `MultiAsyncCollector` with two workers.
 
-Each worker has one vector environment of Gymnasium (`SyncVectorEnv`), wrapped by `GymWrapper`: a `SerialEnv` of as many
-environments, the usual way, is slower. The policy is the network of `nets` as a `ProbabilisticActor`, and its value is
-recorded beside; workers get new weights after each update. The update is that of `learn`: TorchRL's own losses are slower.
+Each worker has one vector environment of Gymnasium (`SyncVectorEnv`), wrapped by `GymWrapper`: a `SerialEnv` of as
+many environments, the usual way, is slower. The policy is the network of `nets` as a `ProbabilisticActor`, and its
+value is recorded beside; workers get new weights after each update. The update is that of `learn`: TorchRL's own
+losses are slower.
 
-The synchronous collector delivers both workers' halves as one batch. The asynchronous one delivers one half at a time, and
-is updated with each.
-"""
+The synchronous collector delivers both workers' halves as one batch. The asynchronous one delivers one half at a time,
+and is updated with each."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from bench_peers.work import Work, factory
 
 
 def make_vector(work: Work) -> GymWrapper:
-    mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-    env = gym.vector.SyncVectorEnv([factory(work.env)] * work.n_envs, **mode)
+    env = gym.vector.SyncVectorEnv([factory(work.env)] * work.n_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     return GymWrapper(env, categorical_action_encoding=True)
 
 
@@ -40,8 +39,6 @@ class Heads(torch.nn.Module):
         self.net = net
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        lead = obs.shape[:1] if self.net.log_std is None else obs.shape[:-1]
-        del lead
         out, value, _ = self.net(obs)
         if self.net.log_std is None:
             return out, value.unsqueeze(-1)
@@ -52,9 +49,7 @@ def policy_of(work: Work, net: Net) -> TensorDictSequential:
     continuous = work.env in CONTINUOUS
     keys = ["loc", "scale"] if continuous else ["logits"]
     heads = TensorDictModule(Heads(net), in_keys=["observation"], out_keys=[*keys, "state_value"])
-    kind: Any = torch.distributions.Categorical
-    if continuous:
-        kind = functools.partial(independent_normal)
+    kind: Any = independent_normal if continuous else torch.distributions.Categorical
     return ProbabilisticActor(
         heads,
         in_keys=keys,

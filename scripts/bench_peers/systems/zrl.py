@@ -1,9 +1,8 @@
-"""zrl: `zrl.rollout.multi` with two workers, fully asynchronous (PPO: ``max_lag=0``), two slots each, through its public
-interface. Its actor samples by `algo.categorical`, which is the Gumbel-max trick.
+"""zrl: `zrl.rollout.multi` with two workers, fully asynchronous (PPO: ``max_lag=0``), two slots each, through its
+public interface. Its actor samples by `algo.categorical`, which is the Gumbel-max trick.
 
-Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the bit.
-"Solve" is ``zrl train`` with its defaults.
-"""
+Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the
+bit. "Solve" is ``zrl train`` with its defaults."""
 
 from __future__ import annotations
 
