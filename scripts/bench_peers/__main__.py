@@ -6,7 +6,8 @@ Every measurement is a fresh process with one thread per torch; within a round t
 begins with another one. Each result is kept at once, in ``measurements.jsonl``: a run that was broken off goes on
 where it was (``--fresh`` begins anew; other seconds do, too). What does not install or run is in the table with its
 reason. At the end: the table, ``results.json``, ``results.md``, ``results.png``, and as the last line one flat JSON
-object (see `report`)."""
+object (see `report`).
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Learner:
     def _step(self, policy: Tensor, value: Tensor, ret: Tensor, pi: Any) -> None:
         loss = policy + 0.5 * (value - ret).square().mean() - 0.005 * pi.entropy().mean()
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 0.5)
         self._optimizer.step()
 

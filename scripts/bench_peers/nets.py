@@ -1,5 +1,6 @@
 """The networks: one body, a head for the policy and one for the value. Systems with networks of their own get the same
-sizes; whoever takes a module gets these."""
+sizes; whoever takes a module gets these.
+"""
 
 from __future__ import annotations
 

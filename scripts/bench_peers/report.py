@@ -4,7 +4,8 @@ The flat keys: ``<work>_over_<peer>``, how many times as fast zrl is, and ``<wor
 ``…_seconds``), medians. A ratio is the median of the rounds' ratios, against the fastest variant of the peer; of
 "solve" it is the ratio of the medians over the seeds, start-up included, and ``solve_warm_over_<peer>`` without. 0:
 one of the two was not measured, or did not run. ``w1l_over_plain`` and ``ppo_over_plain`` are against the loop that
-learns nothing, ``…_over_plain_learns`` against the one that does."""
+learns nothing, ``…_over_plain_learns`` against the one that does.
+"""
 
 from __future__ import annotations
 

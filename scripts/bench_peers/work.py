@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 Env = gym.Env[Any, Any]
 
@@ -89,8 +90,10 @@ def _pong(modern: bool) -> Env:
 
     gym.register_envs(ale_py)
     game = wrappers.AtariPreprocessing(gym.make("ALE/Pong-v5", frameskip=1, disable_env_checker=True))
-    stack: Any = getattr(wrappers, "FrameStackObservation" if modern else "FrameStack")
-    return stack(game, 4)  # type: ignore[no-any-return]
+    if modern:
+        return wrappers.FrameStackObservation(game, 4)
+    old: Any = wrappers
+    return old.TransformObservation(old.FrameStack(game, 4), np.asarray)  # type: ignore[no-any-return]
 
 
 def _minigrid() -> Env:

@@ -61,7 +61,13 @@ _NO_GRU = {"w4": "no recurrent policy"}
 _SB3 = System("sb3", "sb3", "stable-baselines3", (*COLLECT, *LEARN), lacks=_NO_GRU)
 _TORCHRL = System("torchrl", "torchrl", "torchrl", (*COLLECT, *LEARN), lacks={"w4": "not configured here"})
 _TIANSHOU = System("tianshou", "tianshou", "tianshou", (*COLLECT, *LEARN), lacks={"w4": "not configured here"})
-_PUFFER = System("pufferlib", "pufferlib", "pufferlib", (*COLLECT, *LEARN), lacks={"w4": "not configured here"})
+_PUFFER = System(
+    "pufferlib",
+    "pufferlib",
+    "pufferlib",
+    ("w1", "w2", *LEARN),
+    lacks={"w3": "no continuous actions", "w4": "not configured here"},
+)
 
 
 def _with(system: System, **changes: Any) -> System:

@@ -3,7 +3,8 @@ and multinomial; every leaf is recorded into NumPy arrays. Nothing leaves the pr
 
 It is the limit of what such a loop can do, since it saves all communication. Without `learns` it learns nothing, also
 in works with an update; with it each process makes its own update of its own half of the batch, and the two drift
-apart."""
+apart.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def worker(work: Work, counter: Any, options: dict[str, bool]) -> None:
 
 
 def run(work: Work, window: Window, *, race: bool = False, learns: bool = False) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     counters = [context.Value("q", 0, lock=False) for _ in range(work.workers)]
     options = {"race": race, "learns": learns}
     workers = [context.Process(target=worker, args=(work, c, options), daemon=True) for c in counters]

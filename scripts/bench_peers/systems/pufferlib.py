@@ -2,8 +2,10 @@
 softmax and multinomial, recorded into NumPy arrays, and the update of `learn`.
 
 With processes the loop is the asynchronous one that PufferLib recommends: it acts for one worker's environments while
-the other worker steps its own, and updates with each half of a batch. Version 1.0.1: later ones fetch a graphics library from
-elsewhere when pip builds them. A step after an end only resets the environment, which counts, in its favour."""
+the other worker steps its own, and updates with each half of a batch. Version 1.0.1: later ones fetch a graphics
+library from elsewhere when pip builds them. A step after an end only resets the environment, which counts, in its
+favour.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 over a `SubprocVectorEnv` with shared memory, which has a process for each environment: it has no other way.
 
 Actor and critic are one module with the network of `nets`, which is asked twice: values are not recorded as it acts.
-The update is Tianshou's own A2C or PPO, on the whole buffer."""
+The update is Tianshou's own A2C or PPO, on the whole buffer.
+"""
 
 from __future__ import annotations
 

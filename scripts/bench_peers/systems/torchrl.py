@@ -6,7 +6,8 @@ value is recorded beside; workers get new weights after each update. The update 
 losses are slower.
 
 The synchronous collector delivers both workers' halves as one batch. The asynchronous one delivers one half at a time,
-and is updated with each."""
+and is updated with each.
+"""
 
 from __future__ import annotations
 

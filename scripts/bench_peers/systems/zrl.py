@@ -2,7 +2,8 @@
 public interface. Its actor samples by `algo.categorical`, which is the Gumbel-max trick.
 
 Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the
-bit. "Solve" is ``zrl train`` with its defaults."""
+bit. "Solve" is ``zrl train`` with its defaults.
+"""
 
 from __future__ import annotations
 
