@@ -18,9 +18,9 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command of train, test, soak, type and bench'
+	@echo '  PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command of train, test, soak, type, bench and bench-peers'
 
 .PHONY: setup
 setup: $(STAMP) ## install zrl and everything for its development into .venv/
@@ -68,11 +68,15 @@ bench: $(STAMP) ## run every scripts/bench_*.py, one after the other
 		echo "== $$script"; $(BIN)/python $$script $(ARGS); \
 	done
 
+.PHONY: bench-peers
+bench-peers: $(STAMP) ## measure zrl beside its peers, which get environments of their own in .venv-peers/
+	PYTHONPATH=scripts $(BIN)/python -m bench_peers $(ARGS)
+
 .PHONY: docs
 docs: $(STAMP) ## build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 .PHONY: clean
 clean: ## remove what was built and installed, but not runs/
-	rm -rf .venv docs/_build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers docs/_build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

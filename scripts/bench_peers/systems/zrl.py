@@ -1,0 +1,128 @@
+"""zrl: `zrl.rollout.multi` with two workers, fully asynchronous (PPO: ``max_lag=0``), two slots each, through its
+public interface. Its actor samples by `algo.categorical`, which is the Gumbel-max trick.
+
+Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the
+bit. "Solve" is ``zrl train`` with its defaults.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench_peers import learn, nets
+from bench_peers.window import Window
+from bench_peers.work import GIVE_UP, GOAL, Work, factory, make_pool
+from zrl import BaseActorModule, algo, zoo
+from zrl.rollout import multi
+
+
+class Actor(BaseActorModule):
+    """The network of `nets`, over time."""
+
+    def __init__(self, env: str) -> None:
+        super().__init__()
+        n = nets.N_FEATURES[env]
+        self.body = nets.body(env)
+        self.images = env == "pong"
+        self.core = nn.GRU(64, 64) if env == "minigrid" else None
+        self.policy, self.baseline = nn.Linear(n, nets.N_ACTIONS[env]), nn.Linear(n, 1)
+        self.log_std = nn.Parameter(torch.zeros(nets.N_ACTIONS[env])) if env in nets.CONTINUOUS else None
+
+    def forward(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, *, hx: Any = None) -> tuple[Any, Any, Any]:
+        x = self.body(obs.flatten(0, 1)).unflatten(0, fin.shape) if self.images else self.body(obs)
+        if self.core is None:
+            hx = ()
+        else:
+            x, hx = algo.unroll(self.core, x, x.new_zeros(1, x.shape[1], 64) if hx is None else hx, fin)
+        out, value = self.policy(x), self.baseline(x).squeeze(-1)
+        if self.log_std is None:
+            return algo.categorical(out), hx, {"value": value, "logits": out}
+        log_std = self.log_std.expand_as(out)
+        return torch.normal(out, log_std.exp()), hx, {"value": value, "mean": out, "log_std": log_std}
+
+
+def pool_of(work: Work) -> Any:
+    """Makes the EnvPool of one worker."""
+
+    def make(seed: Any = 1) -> Any:
+        return make_pool(work, work.n_envs, 1, seed)
+
+    return make
+
+
+def run(work: Work, window: Window, *, frames: bool = False) -> None:
+    env = pool_of(work) if work.pool else functools.partial(zoo.make_atari) if frames else factory(work.env)
+    actor = Actor(work.env)
+    update = Update(actor, work.update)
+    with multi.rollout(
+        env,
+        actor,
+        n_steps=work.n_steps,
+        n_actors=work.workers,
+        n_per_actor=work.n_envs,
+        n_buffers=2 * work.workers,
+        n_per_batch=work.workers,
+        max_lag=0 if work.update == "ppo" else None,
+        entropy=1,
+    ) as rollout:
+        for batch in rollout:
+            update(batch)
+            if window.delivered(batch.n_env_steps):
+                break
+
+
+class Update:
+    """What follows each batch, with the losses of `zrl.algo` and the numbers of `learn`."""
+
+    def __init__(self, actor: Actor, update: str) -> None:
+        self._actor = actor
+        self._update = {"": self._none, "a2c": self._a2c, "ppo": self._ppo}[update]
+        self._optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, eps=1e-5, fused=True)
+
+    def __call__(self, batch: Any) -> None:
+        self._update(batch)
+
+    def _none(self, batch: Any) -> None:
+        float(batch.state.rew[-1, -1])
+
+    def _a2c(self, batch: Any) -> None:
+        self._step(algo.a2c(batch, self._actor, gamma=learn.GAMMA, lam=learn.LAM, c_entropy=0.005)[0])
+
+    def _ppo(self, batch: Any) -> None:
+        extra = algo.advantages(batch, gamma=learn.GAMMA, lam=learn.LAM)
+        for _ in range(learn.EPOCHS):
+            for part in batch.minibatches(learn.MINIBATCH, by="step", extra=extra):
+                self._step(algo.ppo(part, self._actor, gamma=learn.GAMMA, clip=learn.CLIP, c_entropy=0.005)[0])
+
+    def _step(self, loss: Tensor) -> None:
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._actor.parameters(), 0.5)
+        self._optimizer.step()
+
+
+def solve(seed: int) -> tuple[int | None, float]:
+    from zrl.config import TrainConfig
+    from zrl.train.loop import train
+
+    first = 0.0
+
+    def on_update(status: Any) -> None:
+        nonlocal first
+        first = first or time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as runs:
+        config = TrainConfig(
+            algo="ppo", steps=150_000, seed=seed, stop_at_return=GOAL, eval_episodes=0, threads=1, runs=runs
+        )
+        result = train(config, on_update=on_update)
+        seconds = time.perf_counter() - first
+    assert result.status is not None
+    assert result.status.step < GIVE_UP
+    return (result.status.step if result.outcome == "goal" else None), seconds
