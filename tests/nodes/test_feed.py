@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.nodes.streams import Fake
 from zrl.data.batch import FragmentMeta
 from zrl.data.fragment import Array, Slot
 from zrl.data.ring import Ring
 from zrl.data.spec import ArraySpec, FragmentSpec
 from zrl.errors import ClosedError, WorkerError
-from zrl.nodes.buffers import HostBuffers, empty_leaves, lay_out, staged_leaves
+from zrl.nodes.buffers import CudaBuffers, HostBuffers, empty_leaves, lay_out, staged_leaves
 from zrl.nodes.feed import Feed, Filled
 
 T, B, P = 4, 3, 2
@@ -304,8 +307,138 @@ def test_the_layout_of_the_device_is_that_of_the_host() -> None:
         np.testing.assert_array_equal(x.flatten(1, 2).numpy(), y)
 
 
+# ── streams: CUDA's where there is a device, and threads in their place everywhere ──────────────────────────────────
+
+
+@pytest.fixture(params=[0.0, 0.002])
+def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """A feed for the CPU has the buffers of CUDA, on streams that are threads, ours slow or not."""
+    fake = Fake(delay=request.param)
+
+    def buffers(spec: FragmentSpec, n_per_batch: int) -> CudaBuffers:
+        return CudaBuffers(spec, n_per_batch, torch.device("cpu"), fake)
+
+    monkeypatch.setattr("zrl.nodes.feed.HostBuffers", buffers)
+    yield fake
+    fake.end()
+
+
+def test_the_streams_of_the_fake_are_late(fake: Fake) -> None:
+    """What follows could not fail otherwise."""
+    target, gate = torch.zeros(3), threading.Event()
+    fake.user.put(gate.wait)
+    with fake.stream(fake.user):
+        target.copy_(torch.ones(3))
+    before = target.clone()
+    gate.set()
+    fake.user.synchronize()
+    assert before.eq(0).all()
+    assert target.eq(1).all()
+
+
+def test_a_slot_is_free_when_its_copy_has_ended(fake: Fake) -> None:
+    """`Bench` poisons a slot as soon as it is free: a copy that were still to come would bring that along."""
+    bench = Bench()
+    for batch_id in range(1, 9):
+        bench.submit(batch_id)
+    for batch_id in range(1, 9):
+        filled = bench.take()
+        fake.user.synchronize()
+        check(filled, batch_id)
+    bench.feed.close()
+
+
+def test_kernels_of_the_user_find_whole_batches_however_late_they_run(fake: Fake) -> None:
+    """The user's stream is behind by two batches and more, while the feed goes on."""
+    bench, fake.user.delay = Bench(), 0.02
+    results: list[tuple[int, list[Array]]] = []
+
+    def kernel(filled: Filled) -> None:
+        results.append((filled.batch_id, [x.numpy().copy() for x in found(filled)]))
+
+    for batch_id in range(1, 13):
+        bench.submit(batch_id)
+    for _ in range(12):
+        filled = bench.take()
+        fake.user.put(partial(kernel, filled))
+    fake.user.synchronize()
+    assert [batch_id for batch_id, _ in results] == list(range(1, 13))
+    for batch_id, leaves in results:
+        for x, y in zip(leaves, expected(batch_id), strict=True):
+            np.testing.assert_array_equal(x, y)
+    bench.feed.close()
+
+
+def test_what_the_user_does_to_a_batch_of_cuda_ends_with_it(fake: Fake) -> None:
+    bench, weight = Bench(), torch.ones(1, requires_grad=True)
+    for batch_id in range(1, 7):
+        bench.submit(batch_id)
+        filled = bench.take()
+        fake.user.synchronize()
+        check(filled, batch_id)
+        value = filled.record.actor["value"]
+        value.mul_(weight)
+        assert value.requires_grad
+    bench.feed.close()
+
+
+def test_a_ring_is_registered_whole_and_let_go(fake: Fake) -> None:
+    bench = Bench()
+    with Ring.create(SPEC.nbytes, P, run_id=b"r" * 16, incarnation=b"i" * 16, digest=SPEC.digest) as ring:
+        data = ring.memory.data
+        assert bench.feed.register(data)
+        assert fake.registered == [(data.ctypes.data, ring.memory.nbytes, 1)]
+        assert data.ctypes.data % 4096 == ring.memory.nbytes % 4096 == 0
+        bench.feed.unregister(data)
+        assert not fake.registered
+        fake.refuse = 712
+        with pytest.warns(RuntimeWarning, match="error 712"):
+            assert not bench.feed.register(data)
+        del data
+    bench.feed.close()
+
+
 @needs_cuda
-def test_batches_on_cuda() -> None:
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("device", [f"cuda:{k}" for k in range(torch.cuda.device_count())])
+def test_batches_on_cuda(device: str, registered: bool) -> None:
+    """Large fragments in a ring, whose slots are poisoned as soon as they are free."""
+    spec = FragmentSpec.build(T, B, obs=ArraySpec("uint8", (1 << 20,)), act=ArraySpec("int64"), actor={"value": F32})
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    n_slots, rounds = 2 * P, 8
+    with Ring.create(spec.nbytes, n_slots, run_id=b"r" * 16, incarnation=b"i" * 16, digest=spec.digest) as ring:
+        slots = [Slot(spec, ring.slot(k)) for k in range(n_slots)]
+
+        def on_copied(batch_id: int) -> None:
+            for k in range(batch_id % 2 * P, batch_id % 2 * P + P):
+                slots[k].poison()
+            free.put(batch_id)
+
+        feed = Feed(P, torch.device(device), on_copied=on_copied)
+        feed.begin(spec)
+        if registered:
+            assert feed.register(ring.memory.data)
+        for batch_id in range(rounds):
+            mine = slots[batch_id % 2 * P : batch_id % 2 * P + P]
+            for i, slot in enumerate(mine):
+                for a in slot.arrays:
+                    a[...] = (10 * batch_id + i) % 2 if a.dtype == bool else 10 * batch_id + i
+            feed.submit(batch_id, mine, metas(batch_id))
+            filled = feed.take(DEADLINE)
+            assert filled is not None
+            assert filled.record.state.obs.device == torch.device(device)
+            for i in range(P):
+                assert filled.record.state.obs[:, i * B : (i + 1) * B].eq(10 * batch_id + i).all()
+            assert free.get(timeout=DEADLINE) == batch_id
+        feed.close()
+        if registered:
+            feed.unregister(ring.memory.data)
+        slots.clear()
+        del mine, slot, a
+
+
+@needs_cuda
+def test_batches_of_many_leaves_on_cuda() -> None:
     bench = Bench("cuda")
     for batch_id in range(1, 9):
         bench.submit(batch_id)

@@ -11,6 +11,7 @@ How a leaf is copied on the CPU (measured with the 14 leaves of a CartPole, T = 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -108,25 +109,37 @@ def rows_of_bytes(a: Array) -> Array:
 
 class CudaBuffers:
     """Four batches on a CUDA device. A slot goes there as it is, in one asynchronous copy on a stream of our own; then
-    one kernel a leaf puts all P fragments into their columns."""
+    one kernel a leaf puts all P fragments into their columns.
+
+    What waits for what:
+
+    - a slot is written again: the host waits for `copied`, which is recorded behind its copy.
+    - `staging` is written again: the same stream.
+    - a batch is read: the user's stream waits for its `filled`.
+    - its buffer is written again: our stream waits for its `read`, recorded on the user's stream when it is given back.
+
+    `cuda` is `torch.cuda`, untyped; another one in tests.
+    """
 
     n_buffers = IN_HANDS + AHEAD + 1
 
-    def __init__(self, spec: FragmentSpec, n_per_batch: int, device: torch.device) -> None:
+    def __init__(self, spec: FragmentSpec, n_per_batch: int, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._device = device
+        self._cuda = cuda
         self._warned = False
-        cuda: Any = torch.cuda  # partly untyped
-        self._stream: torch.cuda.Stream = cuda.Stream(device)
+        self._stream = cuda.Stream(device)
         self._staging = torch.empty((n_per_batch, spec.nbytes), dtype=torch.uint8, device=device)
         self._from = staged_leaves(spec, self._staging)
         self._to = [empty_leaves(spec, n_per_batch, device) for _ in range(self.n_buffers)]
         self._copied = cuda.Event(blocking=True)  # sleep, do not spin
         self._filled = [cuda.Event() for _ in range(self.n_buffers)]
         self._read = [cuda.Event() for _ in range(self.n_buffers)]
-        self._stream.wait_stream(torch.cuda.current_stream(device))  # who used this memory before us may still do so
+        self._readers: list[set[Any]] = [set() for _ in range(self.n_buffers)]
+        self._own = cuda.current_stream(device)  # for which torch keeps this memory
+        self._stream.wait_stream(self._own)  # who used it before us may still do so
 
     def fill(self, k: int, sources: Sequence[Slot]) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._cuda.stream(self._stream):
             for row, source in zip(self._staging, sources, strict=True):
                 row.copy_(torch.from_numpy(source.memory[: len(row)]), non_blocking=True)
             self._copied.record()
@@ -136,17 +149,25 @@ class CudaBuffers:
         self._copied.synchronize()
 
     def leaves(self, k: int) -> list[torch.Tensor]:
-        return [x.flatten(1, 2) for x in self._to[k]]
+        return [x.detach().flatten(1, 2) for x in self._to[k]]
 
     def take(self, k: int) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._filled[k])
+        stream = self._cuda.current_stream(self._device)
+        stream.wait_event(self._filled[k])
+        if stream != self._own and stream not in self._readers[k]:
+            # When the last tensor of this buffer is gone, its memory must not go to others before that stream is done.
+            self._readers[k].add(stream)
+            for x in self._to[k]:
+                x.record_stream(stream)
 
     def give_back(self, k: int) -> None:
-        self._read[k].record(torch.cuda.current_stream(self._device))
+        self._read[k].record(self._cuda.current_stream(self._device))
 
     def register(self, memory: Array) -> bool:
-        with torch.cuda.device(self._device):
-            code = int(_cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, PORTABLE))
+        with self._cuda.device(self._device):
+            code = int(self._cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, PORTABLE))
+            if code:
+                self._forget_error()
         if code and not self._warned:
             self._warned = True
             warnings.warn(
@@ -157,17 +178,18 @@ class CudaBuffers:
         return code == 0
 
     def unregister(self, memory: Array) -> None:
-        with torch.cuda.device(self._device):
-            _cudart().cudaHostUnregister(memory.ctypes.data)
+        with self._cuda.device(self._device):
+            if int(self._cuda.cudart().cudaHostUnregister(memory.ctypes.data)):
+                self._forget_error()
 
     def finish(self) -> None:
         self._stream.synchronize()
 
-
-def _cudart() -> Any:
-    """The CUDA runtime as torch has it, untyped."""
-    load: Any = torch.cuda.cudart
-    return load()
+    def _forget_error(self) -> None:
+        """CUDA keeps the last error of a thread until somebody asks for it. That is the next kernel's launch, which
+        would be blamed for it, so let it be one that nobody needs."""
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self._device)
 
 
 def staged_leaves(spec: FragmentSpec, staging: torch.Tensor) -> list[torch.Tensor]:
