@@ -1,5 +1,5 @@
 """zrl: `zrl.rollout.multi` with two workers, fully asynchronous (PPO: ``max_lag=0``), two slots each, through its
-public interface. Its actor samples by `algo.categorical`, which is the Gumbel-max trick.
+public interface, with the actors of `zrl.zoo`. They sample by `algo.categorical`, which is the Gumbel-max trick.
 
 Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the
 bit. "Solve" is ``zrl train`` with its defaults.
@@ -17,34 +17,21 @@ from torch import Tensor, nn
 
 from bench_peers import learn, nets
 from bench_peers.window import Window
-from bench_peers.work import GIVE_UP, GOAL, Work, factory, make_pool
+from bench_peers.work import GIVE_UP, GOAL, Work, factory, make_env, make_pool
 from zrl import BaseActorModule, algo, zoo
 from zrl.rollout import multi
 
 
-class Actor(BaseActorModule):
-    """The network of `nets`, over time."""
-
-    def __init__(self, env: str) -> None:
-        super().__init__()
-        n = nets.N_FEATURES[env]
-        self.body = nets.body(env)
-        self.images = env == "pong"
-        self.core = nn.GRU(64, 64) if env == "minigrid" else None
-        self.policy, self.baseline = nn.Linear(n, nets.N_ACTIONS[env]), nn.Linear(n, 1)
-        self.log_std = nn.Parameter(torch.zeros(nets.N_ACTIONS[env])) if env in nets.CONTINUOUS else None
-
-    def forward(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, *, hx: Any = None) -> tuple[Any, Any, Any]:
-        x = self.body(obs.flatten(0, 1)).unflatten(0, fin.shape) if self.images else self.body(obs)
-        if self.core is None:
-            hx = ()
-        else:
-            x, hx = algo.unroll(self.core, x, x.new_zeros(1, x.shape[1], 64) if hx is None else hx, fin)
-        out, value = self.policy(x), self.baseline(x).squeeze(-1)
-        if self.log_std is None:
-            return algo.categorical(out), hx, {"value": value, "logits": out}
-        log_std = self.log_std.expand_as(out)
-        return torch.normal(out, log_std.exp()), hx, {"value": value, "mean": out, "log_std": log_std}
+def actor_of(work: Work) -> BaseActorModule:
+    """The actor of `zrl.zoo` that is the network of `nets`."""
+    env = make_env(work.env)
+    spaces = env.observation_space, env.action_space
+    env.close()
+    if work.env == "pong":
+        return zoo.CNNActor(*spaces)
+    if work.env == "minigrid":
+        return zoo.GRUActor(*spaces)
+    return zoo.MLPActor(*spaces, hidden=(nets.N_FEATURES[work.env],) * 2, shared=True, activation=nn.ReLU)
 
 
 def pool_of(work: Work) -> Any:
@@ -58,7 +45,7 @@ def pool_of(work: Work) -> Any:
 
 def run(work: Work, window: Window, *, frames: bool = False) -> None:
     env = pool_of(work) if work.pool else functools.partial(zoo.make_atari) if frames else factory(work.env)
-    actor = Actor(work.env)
+    actor = actor_of(work)
     update = Update(actor, work.update)
     with multi.rollout(
         env,
@@ -80,7 +67,7 @@ def run(work: Work, window: Window, *, frames: bool = False) -> None:
 class Update:
     """What follows each batch, with the losses of `zrl.algo` and the numbers of `learn`."""
 
-    def __init__(self, actor: Actor, update: str) -> None:
+    def __init__(self, actor: BaseActorModule, update: str) -> None:
         self._actor = actor
         self._update = {"": self._none, "a2c": self._a2c, "ppo": self._ppo}[update]
         self._optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, eps=1e-5, fused=True)
