@@ -2,8 +2,8 @@
 
 Each worker has one vector environment of Gymnasium (`SyncVectorEnv`), wrapped by `GymWrapper`: a `SerialEnv` of as
 many environments, the usual way, is slower. The policy is the network of `nets` as a `ProbabilisticActor`, and its
-value is recorded beside; workers get new weights after each update. The update is that of `learn`: TorchRL's own
-losses are slower.
+value is recorded beside; workers get new weights after each update. The update is that of `learn`, not one of TorchRL's
+own losses.
 
 The synchronous collector delivers both workers' halves as one batch. The asynchronous one delivers one half at a time,
 and is updated with each.
