@@ -63,10 +63,13 @@ type: $(STAMP) ## check types (mypy --strict)
 	$(BIN)/mypy $(ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## run every scripts/bench_*.py, one after the other
-	@set -e; for script in $(sort $(wildcard scripts/bench_*.py)); do \
+bench: $(STAMP) ## run every scripts/bench_*.py, one after the other; that of CUDA only where there is a device
+	@set -e; for script in $(sort $(filter-out scripts/bench_cuda.py, $(wildcard scripts/bench_*.py))); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS); \
 	done
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		echo "== scripts/bench_cuda.py"; $(BIN)/python scripts/bench_cuda.py $(ARGS); \
+	fi
 
 .PHONY: bench-peers
 bench-peers: $(STAMP) ## measure zrl beside its peers, which get environments of their own in .venv-peers/

@@ -362,6 +362,43 @@ def test_training_moves_through_the_board() -> None:
         del sender
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_by_way_of_a_stage_the_bytes_are_the_same(inside: bool) -> None:
+    """What is done for a module on CUDA, here on the CPU; also twice, and after a change."""
+    module = Mixed(1)
+    packer, direct, staged = WeightsPacker(module), flat_for(module), flat_for(module)
+    for _ in range(2):
+        packer.pack(direct)
+        staged[:] = 255
+        with torch.inference_mode(inside):
+            packer._pack_by_stage(torch.device("cpu"), staged)
+        np.testing.assert_array_equal(direct, staged)
+        with torch.no_grad():
+            module.core.weight.add_(1)
+    module.frozen = nn.Parameter(torch.zeros(2, 8))
+    with pytest.raises(WeightsError, match="frozen"):
+        packer._pack_by_stage(torch.device("cpu"), staged)
+    np.testing.assert_array_equal(direct, staged)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", [f"cuda:{k}" for k in range(torch.cuda.device_count())])
+def test_a_module_on_cuda_is_packed_as_it_will_be(device: str) -> None:
+    """Its last change is still to come when `pack` is called, on a stream of the user's own."""
+    module = Mixed(1)
+    packer, expected, found = WeightsPacker(module), flat_for(module), flat_for(module)
+    with torch.no_grad():
+        module.core.weight.fill_(7)
+    packer.pack(expected)
+    module.to(device)
+    with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        module.core.weight.fill_(0)
+        torch.cuda._sleep(10**8)  # type: ignore[no-untyped-call]
+        module.core.weight.fill_(7)
+        packer.pack(found)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_views_of_many_buffers() -> None:
     """More buffers than are remembered, in turn and after their end: never the wrong one."""
     packer = WeightsPacker(Mixed(1))

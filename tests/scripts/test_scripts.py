@@ -27,6 +27,13 @@ KEYS = {
             *("share_env", "share_actor", "share_write", "share_reset"),
         ],
     ),
+    "bench_cuda.py": (
+        ["--device", "cpu", "--seconds", "0.02", "--rounds", "1", "--kib", "64"],
+        [
+            *("h2d_over_pinned", "pageable_over_pinned", "h2d_gb_per_s", "pinned_gb_per_s"),
+            *("stall_share", "publish_ms_6_4mb", "publish_host_ms_6_4mb"),
+        ],
+    ),
     "bench_pipeline.py": (
         ["--seconds", "0.05", "--rounds", "1"],
         [
@@ -150,6 +157,14 @@ def test_benchmark_prints_its_keys(name: str) -> None:
 def test_the_soak_prints_its_key() -> None:
     figures = json.loads(run("bench_pipeline.py", ["--soak", "--batches", "200"]).splitlines()[-1])
     assert isinstance(figures["rss_slope_kib_per_1000"], float)
+
+
+def test_without_a_device_the_benchmark_of_cuda_says_so() -> None:
+    words = [sys.executable, str(SCRIPTS / "bench_cuda.py"), "--device", "cuda:99"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(r"bench_cuda\.py: (needs a CUDA device|there is no cuda:99).*\n", done.stderr)
 
 
 def greedy_returns(words: list[str]) -> list[float]:

@@ -45,6 +45,7 @@ _MAX_NAME = 1 << 10
 _MAX_NDIM = 64
 _View = tuple[torch.Tensor, torch.dtype | None, tuple[int, ...]]  # with its dtype and shape, to compare at no cost
 _NO_VIEW: _View = (torch.empty(0), None, ())
+_CPU = torch.device("cpu")
 _CACHED_BUFFERS = 4  # the board's two, and one to read into
 
 
@@ -158,16 +159,33 @@ class WeightsPacker:
         self.module = module
         self.manifest = WeightsManifest.of(module)
         self._views: dict[int, tuple[Bytes, dict[str, _View]]] = {}
+        self._stage: _Stage | None = None
 
     def pack(self, out: Bytes) -> None:
         """Copy the module's tensors, from whatever device, into `out`, `[manifest.nbytes]` uint8. Fits `Board.publish`.
+
+        On CUDA it waits for what the current stream has to do before, as the weights may come of that.
 
         Raises:
             WeightsError: names the tensor whose dtype or shape is no longer that of the manifest, or that is new or
                 missing; or `out` has the wrong size. Nothing is copied then.
         """
+        views = self._views_of(out)
+        device = next((tensor.device for _, tensor in _tensors(self.module)), _CPU)
+        if device.type == "cuda":
+            self._pack_by_stage(device, out)
+        else:
+            self._gather(views)
+
+    def _pack_by_stage(self, device: torch.device, out: Bytes) -> None:
+        if self._stage is None or self._stage.device != device:
+            self._stage = _Stage(self.manifest, device)
+        self._gather(self._stage.views)
+        np.copyto(out, self._stage.to_host())
+
+    def _gather(self, views: dict[str, _View]) -> None:
         with torch.no_grad():
-            for tensor, view in self._pairs(out):
+            for tensor, view in self._pairs(views):
                 view.copy_(tensor)
 
     def unpack(self, flat: Bytes) -> None:
@@ -177,12 +195,11 @@ class WeightsPacker:
             WeightsError: as `pack`.
         """
         with torch.inference_mode():  # unlike no_grad it may write tensors made in inference mode, and normal ones too
-            for tensor, view in self._pairs(flat):
+            for tensor, view in self._pairs(self._views_of(flat)):
                 tensor.copy_(view)
 
-    def _pairs(self, flat: Bytes) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(tensor of the module, its view of `flat`), all checked: `copy_` itself would broadcast and cast."""
-        views = self._views_of(flat)
+    def _pairs(self, views: dict[str, _View]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(tensor of the module, its view), all checked: `copy_` itself would broadcast and cast."""
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, tensor in _tensors(self.module):
             view, dtype, shape = views.get(name, _NO_VIEW)
@@ -203,6 +220,26 @@ class WeightsPacker:
                 del self._views[next(iter(self._views))]
             known = self._views[id(flat)] = (flat, _make_views(flat, self.manifest))
         return known[1]
+
+
+class _Stage:
+    """The flat buffer once more, on the device of the module, and in pinned memory: each tensor costs a small kernel,
+    and then all travel in one copy. One by one they would each wait for the device, and go through memory of the
+    driver's."""
+
+    def __init__(self, manifest: WeightsManifest, device: torch.device) -> None:
+        self.device = device
+        with torch.inference_mode(False):
+            self._flat = torch.zeros(manifest.nbytes, dtype=torch.uint8, device=device)  # gaps are zero on the board
+            self._pinned = torch.empty(manifest.nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            self.views = _cut(self._flat, manifest)
+
+    def to_host(self) -> Bytes:
+        """The bytes as the current stream leaves them; valid until the next call."""
+        self._pinned.copy_(self._flat, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return self._pinned.numpy()
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -247,12 +284,15 @@ def _make_views(flat: Bytes, manifest: WeightsManifest) -> dict[str, _View]:
         want = f"{manifest.nbytes} contiguous, aligned, writable uint8"
         raise WeightsError(f"flat buffer: expected {want}, found {flat.dtype} {flat.shape}, {flat.flags.writeable=}")
     with torch.inference_mode(False):  # views made in inference mode could not be written outside it
-        whole = torch.from_numpy(flat)
-        views: dict[str, _View] = {}
-        for e in manifest.entries:
-            dtype = DTYPES[e.dtype]
-            views[e.name] = whole[e.offset : e.offset + e.nbytes].view(dtype).view(e.shape), dtype, e.shape
-        return views
+        return _cut(torch.from_numpy(flat), manifest)
+
+
+def _cut(flat: torch.Tensor, manifest: WeightsManifest) -> dict[str, _View]:
+    views: dict[str, _View] = {}
+    for e in manifest.entries:
+        dtype = DTYPES[e.dtype]
+        views[e.name] = flat[e.offset : e.offset + e.nbytes].view(dtype).view(e.shape), dtype, e.shape
+    return views
 
 
 def _check_row(row: object) -> tuple[tuple[str, str, tuple[int, ...]], int]:
