@@ -116,6 +116,13 @@ KEYS = {
             "share_reset",
         ],
     ),
+    "bench_workers.py": (
+        ["--workers", "1", "--seconds", "0.05", "--rounds", "1", "--no-model"],
+        [
+            *("steps_per_s_1", "cpu_us_per_step_1", "worker_us_per_step_1", "learner_us_per_fragment_1"),
+            *("fragment_bytes", "load", "cores"),
+        ],
+    ),
     "bench_solve.py": (["--seeds", "1", "--algos", "ppo", "--steps", "2048"], ["ppo_solved_of_1", "ppo_steps_median"]),
 }
 TOOLS = {"make_states.py", "run_notebook.py", "soak.py"}  # tests/docs, tests/faults
@@ -165,6 +172,23 @@ def test_without_a_device_the_benchmark_of_cuda_says_so() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(r"bench_cuda\.py: (needs a CUDA device|there is no cuda:99).*\n", done.stderr)
+
+
+def test_the_model_of_cost_finds_the_constants_that_made_the_costs() -> None:
+    names = runpy.run_path(str(SCRIPTS / "bench_workers.py"))
+    step, fragment, adopt, take, batch, publish = 7.0, 150.0, 40.0, 60.0, 90.0, 30.0
+    costs = [
+        names["Cost"](
+            worker=step * case.n_steps * names["B"] + fragment + adopt * case.publish,
+            learner=take + (batch + publish * case.publish) / case.n_per_batch,
+            clock=0.0,
+        )
+        for case in names["MODEL"]
+    ]
+    found = names["model"](costs)
+    assert list(found.values()) == pytest.approx([step, fragment, adopt, take, batch, publish])
+    per_fragment = 64 * 16 * step + fragment + adopt + take + (batch + publish) / 4
+    assert names["predicted"](found, 64, 4) == pytest.approx(per_fragment / (64 * 16))
 
 
 def greedy_returns(words: list[str]) -> list[float]:
