@@ -49,6 +49,8 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_sessionstart() -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background by a shell; processes inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     uvloop.new_event_loop().close()  # libuv opens a pipe at first use and keeps it: nobody's leak
     if LINUX:
