@@ -64,7 +64,7 @@ def _environment(venv: str) -> dict[str, str]:
 
 
 def _result(process: subprocess.Popen[str], started: float, limit: float) -> dict[str, Any] | None:
-    """The JSON object among its lines, with the seconds from the start of the process to that line."""
+    """The JSON object among its lines, with the seconds from the start of the process to that line, or to the goal."""
     timer = threading.Timer(limit, _end, [process])
     timer.start()
     try:
@@ -72,7 +72,7 @@ def _result(process: subprocess.Popen[str], started: float, limit: float) -> dic
         for line in process.stdout:
             if line.startswith('{"value"'):
                 result: dict[str, Any] = json.loads(line)
-                return {**result, "total_s": time.perf_counter() - started}
+                return {**result, "total_s": time.perf_counter() - started - result.get("after_s", 0.0)}
         return None
     finally:
         timer.cancel()

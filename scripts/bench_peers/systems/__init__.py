@@ -1,10 +1,10 @@
 """Who does the work: the table of systems. One module each; its docstring says how the work was approximated, where it
 could not be the same, and always in the system's favour.
 
-A module has ``run(work, window, **options)``, which tells the window of every delivery until that is enough, and, if it
-takes part in "solve", ``solve(seed, **options)``, which returns the steps it took (None: given up) and the seconds from
-the first batch on. Peers are imported inside modules that nobody else imports.
-"""
+A module has ``run(work, window, **options)``, which tells the window of every delivery until that is enough, and, if
+it takes part in "solve", ``solve(seed, **options)``, which returns the steps it took (None: given up), and two times
+of ``time.perf_counter``: of the first batch, and of the goal; what comes after that is nobody's business. Peers are
+imported inside modules that nobody else imports."""
 
 from __future__ import annotations
 

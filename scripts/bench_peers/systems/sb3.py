@@ -77,7 +77,7 @@ class Stop(BaseCallback):  # type: ignore[misc]
         return not (ended and len(self.returns) == 100 and sum(self.returns) >= 100 * GOAL)
 
 
-def solve(seed: int, *, processes: bool) -> tuple[int | None, float]:
+def solve(seed: int, *, processes: bool) -> tuple[int | None, float, float]:
     steps, stop = 100_000, Stop()
     env = DummyVecEnv([lambda: Monitor(make_env("cartpole"))] * 8)
     model = PPO(
@@ -96,4 +96,4 @@ def solve(seed: int, *, processes: bool) -> tuple[int | None, float]:
     )
     model.learn(steps, callback=stop)
     solved = len(stop.returns) == 100 and sum(stop.returns) >= 100 * GOAL
-    return (int(model.num_timesteps) if solved else None), time.perf_counter() - stop.first
+    return (int(model.num_timesteps) if solved else None), stop.first, time.perf_counter()
