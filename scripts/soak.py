@@ -28,7 +28,7 @@ The last line is one flat JSON object. ``violated`` names what did not hold, and
   threads and shared memory are what they were. ``host_fds`` and ``host_threads``: of the first host.
 - ``rss``, ``host_rss``: resident memory grew over the second half by more than 8 MiB: the median of the slopes between
   any two samples (Theil and Sen), times the length. A median does not see the peaks that a fault makes.
-- ``processes``: somebody outlived the run.
+- ``processes``: somebody outlived the run, or left a folder behind.
 - ``ended``: an error ended it.
 """
 
@@ -239,7 +239,10 @@ class Host:
         path = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])])
         with (folder / f"{name}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "zrl", *command], stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path}
+                [sys.executable, "-m", "zrl", *command],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder), "XDG_RUNTIME_DIR": ""},
             )
 
     @property
@@ -465,7 +468,7 @@ class Soak:
             if {"stuck", "ended"} & self.violated.keys():
                 return  # hosts that the run has lost wait for another
             deadline = time.monotonic() + PATIENCE
-            while left := [pid for pid in pids if alive(pid)]:
+            while left := [*filter(alive, pids), *self.folders()]:
                 for host in hosts:
                     host.process.poll()
                 if time.monotonic() > deadline:
@@ -475,6 +478,11 @@ class Soak:
             for host in hosts:
                 host.process.kill()
                 host.process.wait()
+
+    def folders(self) -> list[str]:
+        """Of hosts. That of one that was killed goes as soon as the process that started its workers sees it; logs that
+        an error names stay on purpose."""
+        return [path.name for path in self.folder.glob("zrl-*") if not path.name.startswith("zrl-logs-")]
 
 
 STEADY: dict[str, list[str]] = {"one": [], "two": ["--no-shm"]}

@@ -58,9 +58,9 @@ def test_all_faults_at_random(minutes: float, gap: float, seed: int) -> None:
 
 @pytest.mark.long
 def test_a_leak_is_found() -> None:
-    """Of one descriptor a fault, and of a megabyte of memory a batch."""
+    """Of one descriptor a fault, and of some memory a batch."""
     leaks = "import os, soak; f = soak.Soak.fault; soak.Soak.fault = lambda self: (os.dup(0), f(self)); "
-    leaks += "kept = []; g = soak.Soak.publish; soak.Soak.publish = lambda self: (kept.append(b'x' * 2**20), g(self)); "
+    leaks += "kept = []; g = soak.Soak.publish; soak.Soak.publish = lambda self: (kept.append(b'x' * 2**17), g(self)); "
     code, figures, output = soaked("--minutes", "0.2", "--gap", "1", "--seed", "5", code=f"{leaks}soak.main()")
     assert code == 1, output
     assert figures["violated"] == "fds, rss", output

@@ -579,14 +579,17 @@ def test_sigterm_is_not_for_the_zygote_and_sigusr2_ends_it_with_its_children(tmp
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("still", [0, 1], ids=["zygote-stopped", "child-stopped"])
 @pytest.mark.parametrize("mode", ["fork", "spawn"])
-def test_kill_9_of_the_host_leaves_nothing(tmp_path: Path, mode: str) -> None:
+def test_kill_9_of_the_host_leaves_nothing(tmp_path: Path, mode: str, still: int) -> None:
+    """A zygote that stands still is sent SIGHUP and SIGCONT by the kernel: nobody of its session is its parent."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    words = [str(run_dir), str(tmp_path / "log"), mode, "3", str(tmp_path / "pids")]
-    with subprocess.Popen([sys.executable, "-m", "tests.nodes.targets", *words], cwd=ROOT) as host:
+    words = [sys.executable, "-m", "tests.nodes.targets", str(run_dir), str(tmp_path / "log")]
+    words += [mode, "3", str(tmp_path / "pids")]
+    with subprocess.Popen(words, cwd=ROOT, start_new_session=True) as host:
         pids = written(None, tmp_path / "pids")
-        os.kill(pids[1], signal.SIGSTOP)
+        os.kill(pids[still], signal.SIGSTOP)
         assert all(map(alive, pids))
         host.kill()
         until(lambda: not any(map(alive, pids)) and not run_dir.exists(), patience=2)
