@@ -333,10 +333,10 @@ def _preload(start: Start) -> Ready:
 def main() -> None:
     """Until the host's end of the pair closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # comes with SIGCONT where we are stopped and the host dies
     if sys.argv[1] == "--one":
         child.resume(int(sys.argv[2]))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # comes with SIGCONT where we are stopped and the host dies
     host = socket.socket(fileno=int(sys.argv[1]))
     unframer = Unframer()
     start, more = _first_message(host, unframer)
