@@ -337,6 +337,28 @@ def test_a_welcome_that_leads_nowhere_refuses_the_host(url: str, strange: dict[s
     assert text in said[-1]
 
 
+class Nonsense(Learner):
+    """Says what is no message, again and again."""
+
+    def _answer(self, peer: bytes, message: m.Message) -> None:
+        for _ in range(10 * supervisor.MOST_WARNINGS):
+            z.send(self._router, peer, b"\xc1 \x1b[2J")
+        z.send(self._router, peer, encode(m.Reject(RUN, message.incarnation, "full", "", False, "")))
+        self.heard += [type(message).__name__, "Reject"]
+
+
+def test_a_learner_that_makes_no_sense_does_not_fill_the_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    learner = Nonsense(url, n_beats=0)
+    learner.start()
+    try:
+        assert supervise(dataclasses.replace(OPTIONS, url=url)) == EXIT_REFUSED
+    finally:
+        learner.join()
+    said = [text for text in caplog.messages if text.startswith("from the learner: ")]
+    assert len(said) == supervisor.MOST_WARNINGS
+    assert not any("\x1b" in text for text in said)
+
+
 def test_a_status_that_is_none_is_no_heartbeat() -> None:
     for version in (b"Infinity", b"1e400", b"NaN", b"[1]", b'"x"'):
         run: Any = supervisor._Run.__new__(supervisor._Run)
