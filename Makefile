@@ -47,7 +47,7 @@ test: $(STAMP) ## run the tests
 
 .PHONY: faults
 faults: $(STAMP) ## kill, stop, hang and cut off workers and learners, the long way (make test has the short one)
-	$(BIN)/python -m pytest tests/faults tests/system tests/launch tests/rollout/test_remote.py -m "" $(ARGS)
+	$(BIN)/python -m pytest tests/faults tests/system tests/launch tests/rollout/test_remote.py tests/rollout/test_spaces.py tests/cli/test_main.py -m "" $(ARGS)
 
 .PHONY: soak
 soak: $(STAMP) ## half an hour of one run with all faults at random: what must hold holds, nothing grows

@@ -106,10 +106,13 @@ def hello(role: str = "host", **changes: Any) -> m.Hello:
 @pytest.mark.parametrize(
     "says",
     [
-        b"",
+        pytest.param(b"", marks=pytest.mark.long),
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),  # a TLS hello
-        b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(100),  # ZMTP, up to a point
+        pytest.param(  # a TLS hello
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), marks=pytest.mark.long
+        ),
+        # ZMTP, up to a point
+        pytest.param(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(100), marks=pytest.mark.long),
     ],
     ids=["nothing", "http", "tls", "zmtp"],
 )

@@ -241,7 +241,8 @@ def one_slow(folder: Path, seconds: float) -> Callable[[], StampEnv]:
     return make
 
 
-@pytest.mark.parametrize("max_lag", [pytest.param(None, marks=pytest.mark.long), 0])
+@pytest.mark.long
+@pytest.mark.parametrize("max_lag", [None, 0])
 def test_one_slow_environment_is_no_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, max_lag: int | None
 ) -> None:

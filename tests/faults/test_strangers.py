@@ -30,6 +30,7 @@ class NoPayload:
     more = False
 
 
+@pytest.mark.long
 def test_what_a_dead_worker_said_is_not_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Readys, recorded while it lived, from a stranger and as its successor's own, which has the same slots."""
     impatient(monkeypatch)

@@ -200,6 +200,7 @@ def wait_for_updates(launcher: Launcher, runs: Path, count: int) -> None:
 
 @with_ray
 @pytest.mark.timeout(300)
+@pytest.mark.long
 def test_a_node_dies_and_another_takes_its_place(folder: Path, cluster: Cluster, launch: Launch) -> None:
     cluster.tell("add a 1 0")
     cluster.tell("add b 1 0")

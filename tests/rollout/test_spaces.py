@@ -57,7 +57,15 @@ def test_multi() -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("how", ["single", "multi", "cluster", "remote"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("single", marks=pytest.mark.long),
+        "multi",
+        pytest.param("cluster", marks=pytest.mark.long),
+        "remote",
+    ],
+)
 @settings(max_examples=3, derandomize=True, phases=[Phase.generate])  # each starts processes
 @given(seen=nests(["tuple", "list", "named"]), act=nests(["tuple"]), sticky=st.booleans())
 def test_drawn_spaces(how: str, seen: Nest, act: Nest, sticky: bool) -> None:

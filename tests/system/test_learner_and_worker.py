@@ -29,7 +29,8 @@ from tests.system.programs import (
 __all__ = ["folder", "programs"]  # fixtures
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ipc", marks=pytest.mark.long), "tcp"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
 def test_either_order_of_start(programs: Programs, kind: str) -> None:
     url = address(kind, programs.folder)
     if kind == "tcp":
@@ -50,7 +51,7 @@ def test_either_order_of_start(programs: Programs, kind: str) -> None:
     ("kind", "who"),
     [
         ("ipc", "zygote"),
-        ("tcp", "host"),
+        pytest.param("tcp", "host", marks=pytest.mark.long),
         pytest.param("ipc", "host", marks=pytest.mark.long),
         pytest.param("tcp", "zygote", marks=pytest.mark.long),
     ],
@@ -181,7 +182,8 @@ def test_a_host_under_another_name_takes_over(programs: Programs) -> None:
     assert second.wait() == 0, second.text
 
 
-@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_worker_stops_on_a_signal_and_another_takes_over(programs: Programs, signum: signal.Signals) -> None:
     url = address("ipc", programs.folder)
     learner = programs.learner(url, "--steps", "100M")
@@ -219,6 +221,7 @@ def test_a_worker_that_is_told_to_leave_delivers_what_it_has(programs: Programs,
     assert second.wait() == 0, second.text
 
 
+@pytest.mark.long
 def test_the_second_signal_does_not_wait(programs: Programs) -> None:
     url = address("ipc", programs.folder)
     learner = programs.learner(url, "--steps", "100M")

@@ -71,7 +71,8 @@ def cut_off(programs: Programs, seconds: float) -> tuple[Program, Program, dict[
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("seconds", [2.0, pytest.param(8.0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", [2.0, 8.0])
 def test_a_short_cut_loses_nothing(programs: Programs, seconds: float) -> None:
     """All deadlines between machines are longer."""
     _, worker, status = cut_off(programs, seconds)

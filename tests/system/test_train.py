@@ -132,7 +132,8 @@ def test_train_interrupt_resume_solve_eval_plot(tmp_path: Path, terminals: list[
     assert list((folder / "plots").glob("*.png"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_kills(tmp_path: Path, signum: signal.Signals) -> None:
     """An update that takes for ever cannot be interrupted by the first one."""
     code = (
