@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in p.read_text()]
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
