@@ -155,10 +155,10 @@ def test_an_environment_that_fails_is_made_anew_before_its_worker_is(
         first = next(it).state.obs[0].clone()
         pid = pid_of(kid_of(it, 0))
         for n in (1, 2):
-            tell(tmp_path, "once", pid)
+            tell(tmp_path, "once", pid, str(int(first[0, 0])))
             batch = next(batch for batch in it if (batch.state.obs[0, :, 0] != first[:, 0]).any())
             s = batch.state
-            assert (s.obs[0, :, 0] != first[:, 0]).tolist() == [True, False]  # the first column to step fails
+            assert (s.obs[0, :, 0] != first[:, 0]).tolist() == [True, False]
             assert s.obs[0, 0, 1] == 0
             assert torch.equal(s.obs[1:, :, 1], s.obs[:-1, :, 1] + 1)  # nothing is missing within the fragment
             assert s.fin[0].all()

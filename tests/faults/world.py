@@ -69,11 +69,16 @@ class StampEnv(gym.Env[Any, Any]):
             time.sleep(self.slow)
         if self.folder:
             for trouble in TROUBLES:
-                if os.path.exists(path := f"{self.folder}/{trouble}-{os.getpid()}"):
+                path = f"{self.folder}/{trouble}-{os.getpid()}"
+                if os.path.exists(path) and (trouble != "once" or self.is_meant(path)):
                     Path(f"{path}.seen").touch()
                     TROUBLES[trouble](path)
         self.counter += 1
         return self.observe(), float(self.counter), self.counter % 7 == 0, False, {}
+
+    def is_meant(self, path: str) -> bool:
+        """Who is to fail once may be named by its stamp."""
+        return Path(path).read_text() in ("", str(self.stamp))
 
     def observe(self) -> Any:
         return np.array([self.stamp, self.counter], np.int64)
