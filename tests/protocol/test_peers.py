@@ -10,7 +10,19 @@ import pytest
 
 from zrl.protocol import messages as m
 from zrl.protocol.peer_states import State
-from zrl.protocol.peers import OWN, Deliver, Forget, HostLost, Inspect, Lost, Peers, Send, SendWeights
+from zrl.protocol.peers import (
+    AGAIN_SECONDS,
+    MOST_TOLD,
+    OWN,
+    Deliver,
+    Forget,
+    HostLost,
+    Inspect,
+    Lost,
+    Peers,
+    Send,
+    SendWeights,
+)
 
 RUN = b"R" * 16
 HOST, WORKER, OTHER = b"H" * 16, b"W" * 16, b"O" * 16
@@ -103,7 +115,19 @@ def test_what_is_out_of_place_is_counted_and_has_no_effect(peer: bytes, said: m.
 @pytest.mark.parametrize("said", [READY, m.Beat(RUN, HOST, ()), m.Bye(RUN, HOST), hello(HELLO_HOST, run_id=OTHER)])
 def test_who_is_unknown_is_to_say_hello_again(said: m.Message) -> None:
     peers = Peers(WELCOME, boot_id="boot")
-    assert peers.receive(b"x", said, 0.0) == [Send(b"x", m.HelloAgain(RUN, said.incarnation))]
+    again = [Send(b"x", m.HelloAgain(RUN, said.incarnation))]
+    assert peers.receive(b"x", said, 0.0) == again
+    assert peers.receive(b"x", said, AGAIN_SECONDS - 0.01) == []  # who goes on regardless
+    assert peers.receive(b"x", said, AGAIN_SECONDS) == again
+    assert sum(peers.counters.values()) == 3
+
+
+def test_who_was_told_so_is_forgotten_again() -> None:
+    peers = Peers(WELCOME, boot_id="boot")
+    for n in range(MOST_TOLD + 1):
+        assert peers.receive(str(n).encode(), READY, 0.0) != []
+    assert peers.receive(b"1", READY, 0.1) == []
+    assert peers.receive(b"0", READY, 0.1) != []
 
 
 @pytest.mark.parametrize(("boot_id", "silence"), [("boot", 5.0), ("elsewhere", 15.0), ("", 15.0)])

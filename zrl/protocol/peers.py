@@ -5,7 +5,7 @@ A peer is whoever is at the far end of a routing id. What may happen in which st
 id `OWN`: it is an object on the same loop, called instead of written to, and cannot fall silent.
 
 A host lives as long as it beats; a worker as long as its host does and says so. Nothing that a peer sends raises, and
-a peer that was not welcomed leaves nothing behind in memory.
+a peer that was not welcomed leaves nothing behind in memory but when it was last answered, for the last 1,024 of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from zrl.protocol.redirect import Redirect
 OWN = b""  # routing id of the learner's own host
 FETCH_SECONDS = 0.5  # between two answers to a host's Fetch
 FETCH_GRACE = 20.0  # seconds for a host to be heard of after its first weights were sent to it
+AGAIN_SECONDS = 0.5  # between two HelloAgain to one peer: who goes on regardless costs no answer a message
+MOST_TOLD = 1024  # peers whose last HelloAgain is remembered
 WAITING = m.PHASES.index("wait")
 
 
@@ -186,6 +188,7 @@ class Peers:
         self._peers: dict[bytes, Host | Worker] = {}  # by routing id
         self._bases: dict[str, tuple[int, int]] = {}  # name -> (index base, count); who left last stands last
         self._fetched: dict[str, float] = {}  # name -> when it was last sent weights
+        self._told: dict[bytes, float] = {}  # routing id -> when it was last sent a HelloAgain; the latest stand last
         self._next_base, self._end_of_indices = indices.start, indices.stop
         self._redirect = redirect
         self._last_tick: float | None = None
@@ -200,7 +203,7 @@ class Peers:
         """A message of the peer with this routing id; `books` to compare a Beat with.
 
         Whatever is out of place is counted and has no effect: stale (another run, another incarnation), unexpected
-        (not in this state, not from this role), unknown (no Hello was welcomed; it gets a HelloAgain).
+        (not in this state, not from this role), unknown (no Hello was welcomed; it gets a HelloAgain now and then).
         """
         if isinstance(message, m.OtherVersion):
             return self._reject(peer, message, "version", f"protocol {message.protocol}, not {m.PROTOCOL_VERSION}")
@@ -209,7 +212,7 @@ class Peers:
         known = self._peers.get(peer)
         if known is None:
             self.counters["unknown"] += 1
-            return [Send(peer, m.HelloAgain(self.run_id, message.incarnation))]
+            return self._hello_again(peer, message, now)
         if message.run_id != self.run_id or message.incarnation != known.incarnation:
             return self._ignore("stale")
         if isinstance(known, Host):
@@ -222,7 +225,7 @@ class Peers:
     def _hello(self, peer: bytes, hello: m.Hello, now: float) -> list[Command]:
         if hello.run_id not in (m.NO_ID, self.run_id):
             self.counters["stale"] += 1
-            return [Send(peer, m.HelloAgain(self.run_id, hello.incarnation))]
+            return self._hello_again(peer, hello, now)
         known = self._peers.get(peer)
         if known is not None:
             if known.incarnation != hello.incarnation:
@@ -431,6 +434,15 @@ class Peers:
     ) -> list[Command]:
         self.counters[f"rejected: {code}"] += 1
         return [Send(peer, m.Reject(self.run_id, to.incarnation, code, text, retry, url))]
+
+    def _hello_again(self, peer: bytes, to: m.Message, now: float) -> list[Command]:
+        if now - self._told.get(peer, -math.inf) < AGAIN_SECONDS:
+            return []
+        self._told.pop(peer, None)
+        self._told[peer] = now
+        if len(self._told) > MOST_TOLD:
+            del self._told[next(iter(self._told))]
+        return [Send(peer, m.HelloAgain(self.run_id, to.incarnation))]
 
     def _ignore(self, reason: str) -> list[Command]:
         self.counters[reason] += 1
