@@ -150,10 +150,14 @@ def _linear(n_in: int, n_out: int, gain: float) -> nn.Linear:
 def _apply(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer` on ``x [B, n]``, where no gradient is wanted: the same kernel on the same numbers, without the call of a
     module around it, which takes as long. What is no plain linear layer, or has hooks, is called as ever on one row."""
-    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
+    if type(layer) is nn.Linear and not _is_hooked(layer):
         p = layer._parameters
         return nn.functional.linear(x, p["weight"], p["bias"])  # type: ignore[arg-type]
     return layer(x.unsqueeze(0))[0]  # type: ignore[no-any-return]
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
@@ -161,7 +165,7 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
     before = None  # kind of the layer before, if nobody else can have seen what it made
     for layer in layers._modules.values():
         assert layer is not None
-        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        hooked = _is_hooked(layer)
         in_place = None if hooked or before is not nn.Linear else _IN_PLACE.get(type(layer))
         x = _apply(layer, x) if in_place is None else in_place(x)
         before = None if hooked else type(layer)
@@ -324,8 +328,13 @@ class GRUActor(_Actor):
         x = _run(self.encoder, self.features.forward(obs)[0]).unsqueeze(0)
         if hx is None:
             hx = x.new_zeros(1, fin.shape[1], self.core.hidden_size)
-        core, hx = algo.unroll(self.core, x, hx, fin)
-        return core[0], core[0], hx
+        if type(self.core) is not nn.GRU or _is_hooked(self.core):
+            core, hx = algo.unroll(self.core, x, hx, fin)
+            return core[0], core[0], hx
+        h = hx[0].masked_fill(fin.view(-1, 1), 0)
+        p: Any = self.core._parameters
+        core = torch.gru_cell(x[0], h, p["weight_ih_l0"], p["weight_hh_l0"], p["bias_ih_l0"], p["bias_hh_l0"])
+        return core, core, core.unsqueeze(0)
 
 
 _OURS = frozenset((MLPActor, CNNActor, GRUActor))
