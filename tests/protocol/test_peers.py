@@ -359,6 +359,17 @@ def test_weights_are_sent_once_in_a_while() -> None:
     assert HostLost(HOST, "left", "silent") in peers.tick(7.0)
 
 
+def test_who_asks_for_weights_too_soon_gets_them_a_tick_later() -> None:
+    """It asks once, and waits long: a host that starts over asks under the name that has just been answered."""
+    peers = make()
+    assert peers.receive(b"h", m.Fetch(RUN, HOST), 1.0) == [SendWeights(b"h", HOST)]
+    peers.receive(b"h", m.Bye(RUN, HOST), 1.1)
+    peers.receive(b"i", hello(HELLO_HOST, incarnation=OTHER), 1.2)
+    assert peers.receive(b"i", m.Fetch(RUN, OTHER), 1.3) == []
+    assert peers.tick(2.0) == [SendWeights(b"i", OTHER)]
+    assert peers.tick(3.0) == []
+
+
 def test_saying_hello_again_brings_no_more_weights() -> None:
     peers = make()
     assert peers.receive(b"h", m.Fetch(RUN, HOST), 1.0) == [SendWeights(b"h", HOST)]

@@ -144,3 +144,16 @@ def test_what_a_resume_passed_over_does_not_pass_for_the_newest(tmp_path: Path) 
     checkpoint.prune(tmp_path, 1)
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [second.name, "step_000000000009.unreadable"]
     assert checkpoint.newest(tmp_path)[0] == second
+
+
+def test_what_the_best_one_has_played_is_kept_beside_it(tmp_path: Path) -> None:
+    """No checkpoint knows of its own evaluation: whoever goes on from it would take a worse one for better."""
+    assert checkpoint.best_score(tmp_path) is None
+    first, second = (checkpoint.save(tmp_path, step, {"weights": {}}) for step in (1, 2))
+    checkpoint.name_best(first, 200.0)
+    assert checkpoint.best_score(tmp_path) == 200.0
+    checkpoint.name_it(checkpoint.BEST, second)  # by whoever knows of no score
+    assert checkpoint.best_score(tmp_path) is None
+    checkpoint.name_best(second, 300.0)
+    (tmp_path / checkpoint.SCORE).write_text("{")
+    assert checkpoint.best_score(tmp_path) is None

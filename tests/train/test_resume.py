@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from zrl.train import checkpoint, loop
 from zrl.train.loop import Start, seed_everything, train
 from zrl.train.rng import random_states
 from zrl.train.rollouts import Rollout, entropy_of, make_rollout
+from zrl.train.run_folder import RunFolder
+from zrl.train.stop import StopSignals
 
 
 class Tape:
@@ -175,3 +180,39 @@ def test_workers_of_a_resumed_run_draw_anew() -> None:
     assert entropy_of(c, 1) == 5
     assert len({entropy_of(c, version) for version in (1, 2, 3)}) == 3
     assert entropy_of(c, 2) == entropy_of(c, 2)
+
+
+def test_a_resume_takes_the_best_score_from_beside_the_checkpoints(tmp_path: Path) -> None:
+    """A run that was killed had it in memory alone, when its newest checkpoint was saved before that evaluation."""
+    run = train(config(tmp_path, workers=0)).run
+    newest, state = checkpoint.newest(run.checkpoints)
+    assert state["eval_best"] is None
+    checkpoint.name_best(newest, 123.0)
+    with contextlib.ExitStack() as opened:
+        signals = opened.enter_context(StopSignals())
+        more = dataclasses.replace(run.config(), steps=10**6)
+        it = loop._started(more, signals, None, run, opened)
+        assert it._best_evaluation == 123.0
+
+
+def test_nothing_of_a_run_is_read_while_another_process_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the last checkpoint of that one would pass for unreadable: newer than the newest that was read."""
+    run = train(config(tmp_path, workers=0)).run
+    later = checkpoint.path_of(run.checkpoints, 999_999)
+    locked = RunFolder.locked
+
+    @contextlib.contextmanager
+    def after_a_last_save(self: RunFolder) -> Iterator[None]:
+        shutil.copy(checkpoint.newest(run.checkpoints)[0], later)
+        with locked(self):
+            yield
+
+    monkeypatch.setattr(RunFolder, "locked", after_a_last_save)
+    with contextlib.ExitStack() as opened:
+        signals = opened.enter_context(StopSignals())
+        more = dataclasses.replace(run.config(), steps=10**6)
+        it = loop._started(more, signals, None, run, opened)
+        assert it.told.resumed == later
+    assert not list(run.checkpoints.glob("*.unreadable"))

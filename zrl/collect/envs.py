@@ -148,7 +148,7 @@ class PlainColumns:
         with contextlib.suppress(Exception):  # it is broken
             self._envs[j].close()
         self._envs[j] = env
-        self._seeds = [None] * self.n
+        self._seeds = self._seeds or [None] * self.n  # another one may have been replaced since the last reset
         self._seeds[j] = seed
 
     def step(self, row: Row, nxt: Row) -> Ends | None:

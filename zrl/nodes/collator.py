@@ -55,7 +55,6 @@ from zrl.protocol.slots import SlotTable, Unmap
 TICK = 1.0  # seconds between two looks at the clock
 MAX_FRAGMENT_BYTES = 256 << 20
 MOST_WARNINGS, MOST_TEXT = 20, 500  # of what peers do, in a second; characters of each error
-LEAST_RATE = 125_000  # bytes a second that a remote worker's way is taken to have at least
 PORT_TRIES = 50
 DRAIN_SHARE = 0.3  # of the time for closing, in which workers may finish by themselves
 
@@ -576,7 +575,7 @@ class Collator:
         except Exception as error:  # no memory for the batches, a device that failed
             self.fail(error)
             return
-        slack = 0.0 if local else attach.n_slots * attach.slot_nbytes / LEAST_RATE
+        slack = 0.0 if local else attach.n_slots * attach.slot_nbytes / p.LEAST_RATE
         accepted = self.peers.accepted(attach.incarnation, local=local, slack=slack)
         if not accepted:
             self._rings.let_go(attach.incarnation)

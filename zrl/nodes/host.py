@@ -203,12 +203,13 @@ class Host:
             kid.timers.append(self._loop.call_later(LAST_WORDS, self._kill, kid, "revoked"))
 
     def drain(self) -> None:
-        """Replace nobody any more, and ask all to leave; the learner may tell them, too. Who is still building has
-        nothing to finish."""
+        """Replace nobody any more, and ask all to leave; the learner may tell them, too. Who is still building, for the
+        first time, has nothing to finish."""
         self._no_more()
         for kid in self.kids.values():
             kid.page.ask_to_leave()
-            if self._look(kid).phase == Phase.BUILD:
+            progress = self._look(kid)
+            if progress.phase == Phase.BUILD and not progress.sent:
                 kid.cause = kid.cause or "drained"
                 self._zygote.terminate(kid.child)
         self._loop.call_soon(self._on_events)  # of those that have not started

@@ -40,6 +40,7 @@ from zrl.collect.actor import BaseActorModule
 from zrl.collect.build import CollectOptions, build
 from zrl.collect.collect import Context, collect
 from zrl.collect.debug import check_forward
+from zrl.collect.envs import Columns
 from zrl.collect.spaces import Factory
 from zrl.data.board import Board
 from zrl.data.fragment import Slot
@@ -55,6 +56,7 @@ from zrl.nodes.job import WorkerJob
 from zrl.nodes.page import Page, Phase
 from zrl.nodes.pipe import CONNECTION_ENDED
 from zrl.protocol import messages as m
+from zrl.protocol.peers import LEAST_RATE
 
 HELLO_AGAIN = 1.0  # seconds without an answer after which Hello is sent again
 START_TIMEOUT = 60.0  # seconds for an answer of any kind; the host's own limit on the start is the other bound
@@ -133,6 +135,7 @@ class _Worker:
         self._version = 0
         self._seq = 0
         self._n_rebuilt = self._rebuilt = 0  # environments: in all, and since the last Ready
+        self._is_broken = False  # one of them has failed, and there is no other in its place
 
     def run(self, recipe_of: Callable[[m.Welcome], Recipe]) -> None:
         """Until the end."""
@@ -142,14 +145,14 @@ class _Worker:
         self._adopt(1)
         ctx = build(recipe.factory, recipe.actor.to(recipe.device), _options(recipe, welcome, self.job))
         if recipe.close:
-            self._opened.callback(ctx.columns.close)
+            self._opened.callback(self._close, ctx.columns)
         ctx.columns.calls = self.page.calls
         ctx.streams.stay()
         slots, payloads = self._attach(ctx.spec, welcome.n_slots)
         signal.signal(signal.SIGTERM, self._on_sigterm)
         while (grant := self._next_grant()) is not None and self._adopt(grant.least_version):
             self._deliver(ctx, slots[grant.slot], grant, payloads[grant.slot], debug=recipe.debug)
-        self._leave()
+        self._leave(sum(len(frame) for payload in payloads for frame in payload))
 
     def _on_sigterm(self, signum: int, frame: object) -> None:
         """Whoever ends a container or a service tells all of its processes. The second one kills."""
@@ -269,7 +272,7 @@ class _Worker:
 
     def _deliver(self, ctx: Context, slot: Slot, grant: m.Release, payload: Frames, *, debug: bool) -> None:
         while not self._collected(ctx, slot, debug=debug):
-            if self._leaving:
+            if self._leaving or not self._adopt(grant.least_version):  # what begins anew begins with the newest weights
                 return
         times = ctx.times
         self._seq += 1
@@ -307,18 +310,26 @@ class _Worker:
                 check_forward(ctx, slot)
             return True
         except EnvError as error:
+            if self._leaving:  # whoever told this worker to leave may have told the processes of its environment, too
+                self._is_broken = True
+                traceback.print_exception(error)
+                return False
             if self._seq == 0 or ctx.remake is None or error.env_index < 0:
                 raise
+            self._is_broken = True
             self._make_anew(ctx, error)
+            self._is_broken = self._leaving
             return False
 
     def _make_anew(self, ctx: Context, error: EnvError) -> None:
-        """A new environment in the place of the one that failed, after a while; unless it has failed too often."""
+        """A new environment in the place of the one that failed, after a while; unless it has failed too often, or so
+        many have since the last fragment that this leads to none. Another may fail in the reset of all that follows."""
         assert ctx.remake is not None
-        j = error.env_index
+        most = self.job.rebuilds.budget + ctx.spec.n_columns
         self.page.enter(Phase.BUILD)
         while True:
-            delay = self.job.rebuilds.failed(j, time.monotonic())
+            j = error.env_index
+            delay = self.job.rebuilds.failed(j, time.monotonic()) if j >= 0 and self._rebuilt < most else None
             if delay is None:
                 raise error
             traceback.print_exception(error)
@@ -371,10 +382,17 @@ class _Worker:
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _leave(self) -> None:
+    def _close(self, columns: Columns) -> None:
+        with contextlib.suppress(
+            *([Exception] if self._is_broken else [])
+        ):  # it may not be able to, and is not to blame
+            columns.close()
+
+    def _leave(self, on_the_wire: int) -> None:
+        """Say Bye, and wait for the answer: behind as many bytes of payloads as may be on their way."""
         self.page.enter(Phase.DRAIN)
         self.link.send(m.Bye(self.job.run_id, self.job.incarnation))
-        deadline = time.monotonic() + BYE_TIMEOUT
+        deadline = time.monotonic() + BYE_TIMEOUT + on_the_wire / LEAST_RATE
         with contextlib.suppress(LinkLost):  # it may have closed right after its answer
             while (left := deadline - time.monotonic()) > 0:
                 if isinstance(self.link.receive(left), m.ByeAck):

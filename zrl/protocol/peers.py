@@ -24,6 +24,7 @@ OWN = b""  # routing id of the learner's own host
 FETCH_SECONDS = 0.5  # between two answers to a host's Fetch
 FETCH_GRACE = 20.0  # seconds for a host to be heard of after its first weights were sent to it
 AGAIN_SECONDS = 0.5  # between two HelloAgain to one peer: who goes on regardless costs no answer a message
+LEAST_RATE = 125_000  # bytes a second that a remote worker's way is taken to have at least
 MOST_TOLD = 1024  # peers whose last HelloAgain is remembered
 WAITING = m.PHASES.index("wait")
 
@@ -105,6 +106,7 @@ class Host:
     state: State = State.NEW
     workers: dict[int, Worker] = field(default_factory=dict)  # by index in the run
     unreported: dict[bytes, None] = field(default_factory=dict)  # incarnations lost before it said so, newest last
+    wants_weights: bool = False  # it has asked too soon, and is answered with the next tick
 
 
 @dataclass(slots=True)
@@ -284,15 +286,20 @@ class Peers:
         if isinstance(message, m.Fetch) and self._step(host, Event.FETCH):
             # each answer is a copy of the weights in the learner's memory, until it is taken
             if now - self._fetched.get(host.name, -math.inf) < FETCH_SECONDS:
+                host.wants_weights = True
                 return self._ignore("fetch too soon")
-            self._fetched[host.name] = now
-            if not host.workers:  # its first weights may take long; later ones are no excuse
-                host.deadline = now + FETCH_GRACE  # until it is heard of again
-            return [SendWeights(host.peer, host.incarnation)]
+            return [self._send_weights(host, now)]
         if isinstance(message, m.Bye):
             commands = self._lose_host(host, "bye", Event.BYE)
             return [*commands, Send(host.peer, m.ByeAck(self.run_id, host.incarnation))]
         return self._ignore("unexpected")
+
+    def _send_weights(self, host: Host, now: float) -> SendWeights:
+        host.wants_weights = False
+        self._fetched[host.name] = now
+        if not host.workers:  # its first weights may take long; later ones are no excuse
+            host.deadline = now + FETCH_GRACE  # until it is heard of again
+        return SendWeights(host.peer, host.incarnation)
 
     def _from_worker(self, worker: Worker, message: m.Message) -> list[Command]:
         if isinstance(message, m.Ready) and self._step(worker, Event.READY):
@@ -390,7 +397,9 @@ class Peers:
         silent = [host for host in self.hosts.values() if host.peer != OWN and now >= host.deadline]
         lost = [command for host in silent for command in self._lose_host(host, "silent")]
         # one that is not silent at all, but not listened to any more, since its key was revoked, is to know
-        return [*lost, *(Send(host.peer, m.HelloAgain(self.run_id, host.incarnation)) for host in silent)]
+        again = [Send(host.peer, m.HelloAgain(self.run_id, host.incarnation)) for host in silent]
+        weights = [self._send_weights(host, now) for host in self.hosts.values() if host.wants_weights]
+        return [*lost, *again, *weights]
 
     # What all of this is made of.
 

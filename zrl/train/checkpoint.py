@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import zipfile
 from collections.abc import Collection
@@ -15,6 +16,7 @@ import torch
 from zrl.errors import CheckpointError
 
 LATEST, BEST = "latest", "best"  # links beside the checkpoints: the newest, and the one that played best
+SCORE = "best.json"  # what the weights behind `BEST` have played
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -68,6 +70,33 @@ def name_it(name: str, target: Path) -> None:
         with contextlib.suppress(OSError):
             link.unlink(missing_ok=True)
         raise CheckpointError(f"cannot link {name!r} to the checkpoint {str(target)!r}: {e}") from e
+
+
+def name_best(target: Path, score: float) -> None:
+    """Let `BEST` lead to a checkpoint, and keep beside it the mean return for which it does.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    part = target.parent / f".{SCORE}.part"
+    try:
+        part.write_text(json.dumps({"checkpoint": target.name, "mean": score}) + "\n")
+        part.replace(target.parent / SCORE)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {str(target.parent / SCORE)!r}: {e}{hint(e)}") from e
+    name_it(BEST, target)
+
+
+def best_score(folder: Path) -> float | None:
+    """The mean return with which `name_best` named the checkpoint that `BEST` leads to; None: nobody knows."""
+    try:
+        told = json.loads((folder / SCORE).read_text())
+        named = (folder / BEST).readlink().name
+        return float(told["mean"]) if told["checkpoint"] == named else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def prune(folder: Path, keep: int, besides: Collection[Path] = ()) -> None:

@@ -163,6 +163,8 @@ def _started(
     opened: contextlib.ExitStack,
 ) -> _Run:
     """The run, ready for its first batch; what it opened is closed by `opened`."""
+    if resume is not None:
+        opened.enter_context(resume.locked())  # before anything of it is read: it may still be written
     with signals.interruptible():
         run = _Run(config, signals)
         if resume is not None:
@@ -172,7 +174,8 @@ def _started(
         if own:  # what it refuses leaves no folder behind
             run.rollout = opened.enter_context(make_rollout(config, run.actor, first_version=version))
     folder = run.folder = RunFolder.create(config) if resume is None else resume
-    opened.enter_context(folder.locked())
+    if resume is None:
+        opened.enter_context(folder.locked())
     with signals.interruptible():
         if not own:  # the logs of its workers go into the folder
             run.rollout = opened.enter_context(make_rollout(config, run.actor, folder, listen, version))
@@ -193,6 +196,8 @@ def _started_with_others(
 ) -> _Run:
     """The same for one of several learners. Learner 0 listens last: it can send on whoever comes."""
     rank = team.rank
+    if team.leads and resume is not None:
+        opened.enter_context(resume.locked())
     with signals.interruptible():
         config = team.config(config)
         run = _Run(config, signals, team)
@@ -206,7 +211,8 @@ def _started_with_others(
             team.announce(rollout.urls[0])
     if team.leads:
         run.folder = RunFolder.create(config) if resume is None else resume
-        opened.enter_context(run.folder.locked())
+        if resume is None:
+            opened.enter_context(run.folder.locked())
         team.tell("run", str(run.folder.path))
     with signals.interruptible():
         team.vote()  # all others listen
@@ -273,6 +279,9 @@ class _Run:
         skipped: list[str] = []
         path, state = checkpoint.newest(resume.checkpoints, self.config.device, skipped)
         self._take_over(state, str(path))
+        best = checkpoint.best_score(resume.checkpoints)  # newer than what a checkpoint knows of itself
+        if best is not None and (self._best_evaluation is None or best > self._best_evaluation):
+            self._best_evaluation = best
         self.told = dataclasses.replace(self.told, resumed=path, skipped=tuple(skipped), step=self.progress.step)
         return state
 
@@ -523,7 +532,7 @@ class _Run:
             if saved is not None and (self._best_evaluation is None or result.mean > self._best_evaluation):
                 self._best_evaluation = result.mean
                 if saved.exists():
-                    checkpoint.name_it(checkpoint.BEST, saved)
+                    checkpoint.name_best(saved, result.mean)
         return fresh
 
     def _last_evaluation(self) -> None:
