@@ -92,12 +92,13 @@ def reinforce(batch: Batch, actor: Actor, *, gamma: float = 0.99, c_entropy: flo
     to `policy`, `entropy`, `kl` (of pi from mu, estimated) and `rho_mean` (the mean of pi / mu).
     Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning".
     """
-    mask, (rew, fin, final_value) = batch.mask, _steps(batch)
-    new, _ = _forward(batch, actor)
+    mask = _Mask(batch.mask)
+    rew, fin, final_value = _steps(batch, mask)
+    new, _ = _forward(batch, actor, mask)
     ret = returns(rew, fin, gamma=gamma, bootstrap=batch.bootstrap[0], final_value=final_value)
-    score = (ret - _mean(ret, mask, dim=0)) * new.rho.clamp(max=1)
-    policy, entropy = -_mean(new.log_pi * score, mask), _mean(new.entropy, mask)
-    return policy - c_entropy * entropy, _info(new, mask, policy=policy, entropy=entropy, returns=_mean(ret, mask))
+    score = (ret - mask.mean(ret, dim=0)) * new.rho.clamp(max=1)
+    policy, entropy = -mask.mean(new.log_pi * score), mask.mean(new.entropy)
+    return policy - c_entropy * entropy, _info(new, mask, policy=policy, entropy=entropy, returns=mask.mean(ret))
 
 
 def a2c(
@@ -118,11 +119,11 @@ def a2c(
     (vs - v)^2 / 2. `info` has `policy`, `value`, `entropy`, `kl` and `rho_mean`.
     Mnih et al. 2016, "Asynchronous methods for deep reinforcement learning"; see `vtrace`.
     """
-    mask = batch.mask
-    new, value, target = _corrected(batch, actor, gamma=gamma, lam=lam, clip_rho=clip_rho, clip_c=clip_c)
+    mask = _Mask(batch.mask)
+    new, value, target = _corrected(batch, actor, mask, gamma=gamma, lam=lam, clip_rho=clip_rho, clip_c=clip_c)
     # No further factor of rho: min(clip, rho_t) is in every term of vs_t - v_t already.
     adv = target.vs - value.detach()
-    policy = -_mean(new.log_pi * (_normalized(adv, mask) if normalize else adv), mask)
+    policy = -mask.mean(new.log_pi * (_normalized(adv, mask) if normalize else adv))
     return _actor_critic(new, mask, policy, (value - target.vs).square(), c_value, c_entropy)
 
 
@@ -144,9 +145,10 @@ def impala(
     section 4.2.
     """
     clips = {"clip_rho": clip_rho, "clip_c": clip_c, "clip_pg_rho": clip_pg_rho}
-    new, value, target = _corrected(batch, actor, gamma=gamma, lam=lam, **clips)
-    policy = -_mean(new.log_pi * target.adv, batch.mask)
-    return _actor_critic(new, batch.mask, policy, (value - target.vs).square(), c_value, c_entropy)
+    mask = _Mask(batch.mask)
+    new, value, target = _corrected(batch, actor, mask, gamma=gamma, lam=lam, **clips)
+    policy = -mask.mean(new.log_pi * target.adv)
+    return _actor_critic(new, mask, policy, (value - target.vs).square(), c_value, c_entropy)
 
 
 def ppo(
@@ -170,19 +172,19 @@ def ppo(
     actions whose ratio pi / mu is more than `clip` away from 1.
     Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7 and 9.
     """
-    mask, known = batch.mask, batch.extra
+    mask, known = _Mask(batch.mask), batch.extra
     known = known if "adv" in known and "ret" in known else advantages(batch, gamma=gamma, lam=lam)
-    adv, ret = _masked(known["adv"], mask, "adv"), _masked(known["ret"], mask, "ret")
-    new, info = _forward(batch, actor)
-    value, ratio = _masked(info["value"], mask, "value"), new.log_rho.exp()
+    adv, ret = mask.keep(known["adv"], "adv"), mask.keep(known["ret"], "ret")
+    new, info = _forward(batch, actor, mask)
+    value, ratio = mask.keep(info["value"], "value"), new.log_rho.exp()
 
     adv = _normalized(adv, mask) if normalize else adv
-    policy = -_mean(torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv), mask)
+    policy = -mask.mean(torch.minimum(ratio * adv, ratio.clamp(1 - clip, 1 + clip) * adv))
     error = (value - ret).square()
     if clip_value is not None:
-        old = _masked(batch.actor["value"], mask, "value")
+        old = mask.keep(batch.actor["value"], "value")
         error = torch.maximum(error, (old + (value - old).clamp(-clip_value, clip_value) - ret).square())
-    clipped = _mean((ratio - 1).abs() > clip, mask)
+    clipped = mask.mean((ratio.detach() - 1).abs() > clip)
     return _actor_critic(new, mask, policy, error, c_value, c_entropy, clip_fraction=clipped)
 
 
@@ -192,13 +194,38 @@ def advantages(batch: Batch, *, gamma: float = 0.99, lam: float = 0.95) -> dict[
 
     The values are those that the actor returned as it acted. Call it before the batch is cut into minibatches.
     """
-    rew, fin, final_value = _steps(batch)
-    value = _masked(batch.actor["value"], batch.mask, "value")
+    mask = _Mask(batch.mask)
+    rew, fin, final_value = _steps(batch, mask)
+    value = mask.keep(batch.actor["value"], "value")
     adv = gae(rew, fin, value, gamma=gamma, lam=lam, bootstrap=batch.bootstrap[0], final_value=final_value)
     return {"adv": adv, "ret": adv + value}
 
 
 # -- what they share -------------------------------------------------------------------------------------------------
+
+
+class _Mask:
+    """Which entries [T, B] count. On the CPU, where it costs little to ask whether all do, they need not be cut out."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.is_full = mask.is_cpu and mask.numel() > 0 and bool(mask.all())
+
+    def keep(self, x: Tensor, name: str) -> Tensor:
+        """`x` with zeros where masked.
+
+        Raises:
+            ValueError: it is not [T, B]. A stray dimension would broadcast, to a wrong loss and no error.
+        """
+        if x.shape != self.mask.shape:
+            raise ValueError(f"{name} must be [T, B] = {tuple(self.mask.shape)}, got {tuple(x.shape)}")
+        return x if self.is_full else torch.where(self.mask, x, 0)
+
+    def mean(self, x: Tensor, dim: int | None = None) -> Tensor:
+        """Mean over unmasked entries, 0 if there are none."""
+        if self.is_full:
+            return x.mean(dim, dtype=None if x.is_floating_point() else torch.float32)
+        return torch.where(self.mask, x, 0).sum(dim) / self.mask.sum(dim).clamp(min=1)
 
 
 class _Forward(NamedTuple):
@@ -213,26 +240,28 @@ class _Forward(NamedTuple):
         return self.log_rho.detach().exp()
 
 
-def _forward(batch: Batch, actor: Actor, *, n_ahead: int = 0) -> tuple[_Forward, Any]:
+def _forward(batch: Batch, actor: Actor, mask: _Mask, *, n_ahead: int = 0) -> tuple[_Forward, Any]:
     """One pass over rows 0 ... T-1+n_ahead; its density and entropy at the T actions, and its info at all the rows."""
-    mask, n_steps = batch.mask, len(batch.mask)
+    n_steps = len(batch.mask)
     state, act = batch.state.rows(0, n_steps + n_ahead), batch.state.rows(1, n_steps + 1).act
     _, _, info = actor(state.obs, state.act, state.rew, state.fin, hx=batch.hx)
     at_actions = map_nested(lambda x: x[:n_steps] if isinstance(x, Tensor) and x.ndim else x, info) if n_ahead else info
-    log_pi = _masked(actor.log_prob(at_actions, act), mask, "log_prob")
+    log_pi = mask.keep(actor.log_prob(at_actions, act), "log_prob")
     with torch.no_grad():
         behaviour = batch.actor["log_prob"] if "log_prob" in batch.actor else actor.log_prob(batch.actor, act)
     # exp(89) is inf in float32, and its gradient times zero is NaN. No clipping threshold is anywhere near e^20.
-    log_rho = (log_pi - _masked(behaviour, mask, "log_prob")).clamp(-20, 20)
-    return _Forward(log_pi, log_rho, _masked(actor.entropy(at_actions), mask, "entropy")), info
+    log_rho = (log_pi - mask.keep(behaviour, "log_prob")).clamp(-20, 20)
+    return _Forward(log_pi, log_rho, mask.keep(actor.entropy(at_actions), "entropy")), info
 
 
-def _corrected(batch: Batch, actor: Actor, *, gamma: float, **options: Any) -> tuple[_Forward, Tensor, VTrace[Tensor]]:
+def _corrected(
+    batch: Batch, actor: Actor, mask: _Mask, *, gamma: float, **options: Any
+) -> tuple[_Forward, Tensor, VTrace[Tensor]]:
     """One pass over T+1 rows, the last one for v(x_T); values [T, B], with gradient, and V-trace targets, without."""
-    new, info = _forward(batch, actor, n_ahead=1)
+    new, info = _forward(batch, actor, mask, n_ahead=1)
     values: Tensor = info["value"]
-    value = _masked(values[:-1], batch.mask, "value")
-    rew, fin, final_value = _steps(batch)
+    value = mask.keep(values[:-1], "value")
+    rew, fin, final_value = _steps(batch, mask)
     with torch.no_grad():
         target = vtrace(
             rew, fin, value, rho=new.rho, gamma=gamma, bootstrap=values[-1], final_value=final_value, **options
@@ -241,40 +270,29 @@ def _corrected(batch: Batch, actor: Actor, *, gamma: float, **options: Any) -> t
 
 
 def _actor_critic(
-    new: _Forward, mask: Tensor, policy: Tensor, error: Tensor, c_value: float, c_entropy: float, **more: Tensor
+    new: _Forward, mask: _Mask, policy: Tensor, error: Tensor, c_value: float, c_entropy: float, **more: Tensor
 ) -> tuple[Tensor, Info]:
     """Loss and info from the policy loss and the squared errors [T, B] of the values."""
-    value, entropy = 0.5 * _mean(error, mask), _mean(new.entropy, mask)
+    value, entropy = 0.5 * mask.mean(error), mask.mean(new.entropy)
     loss = policy + c_value * value - c_entropy * entropy
     return loss, _info(new, mask, policy=policy, value=value, entropy=entropy, **more)
 
 
-def _info(new: _Forward, mask: Tensor, **scalars: Tensor) -> Info:
+def _info(new: _Forward, mask: _Mask, **scalars: Tensor) -> Info:
     # For actions of mu, rho - 1 - log rho >= 0 has the mean KL(mu || pi), and a smaller variance than -log rho.
-    kl = _mean(new.rho - 1 - new.log_rho, mask)
-    return {k: x.detach() for k, x in {**scalars, "kl": kl, "rho_mean": _mean(new.rho, mask)}.items()}
+    rho = new.rho
+    kl = mask.mean(rho - 1 - new.log_rho.detach())
+    return {k: x.detach() for k, x in {**scalars, "kl": kl, "rho_mean": mask.mean(rho)}.items()}
 
 
-def _steps(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _steps(batch: Batch, mask: _Mask) -> tuple[Tensor, Tensor, Tensor]:
     """Reward, end and final value of the T steps, [T, B]; where masked they are 0, True and 0."""
-    s, mask = batch.state, batch.mask
-    rew, final_value = _masked(s.rew[1:], mask, "rew"), _masked(batch.final_value[1:], mask, "final_value")
-    return rew, s.fin[1:] | ~mask, final_value
+    s = batch.state
+    rew, final_value = mask.keep(s.rew[1:], "rew"), mask.keep(batch.final_value[1:], "final_value")
+    return rew, s.fin[1:] if mask.is_full else s.fin[1:] | ~mask.mask, final_value
 
 
-def _masked(x: Tensor, mask: Tensor, name: str) -> Tensor:
-    # Without the check a stray dimension would broadcast, to a wrong loss and no error.
-    if x.shape != mask.shape:
-        raise ValueError(f"{name} must be [T, B] = {tuple(mask.shape)}, got {tuple(x.shape)}")
-    return torch.where(mask, x, 0)
-
-
-def _mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean over unmasked entries, 0 if there are none."""
-    return torch.where(mask, x, 0).sum(dim) / mask.sum(dim).clamp(min=1)
-
-
-def _normalized(x: Tensor, mask: Tensor) -> Tensor:
+def _normalized(x: Tensor, mask: _Mask) -> Tensor:
     """Shifted and scaled to mean 0 and deviation 1 over unmasked entries."""
-    x = x - _mean(x, mask)
-    return x / (_mean(x.square(), mask).sqrt() + 1e-8)
+    x = x - mask.mean(x)
+    return x / (mask.mean(x.square()).sqrt() + 1e-8)
