@@ -33,7 +33,7 @@ PEERS = {
     "pufferlib": ("pufferlib", "pufferlib-mp"),
     "rllib": ("rllib",),
 }
-OURS = ("zrl", "zrl-frames")
+OURS = ("zrl", "zrl-frames", "zrl-numpy")
 Values = dict[int, float]  # round (or seed) → steps per second, or seconds
 
 
@@ -119,6 +119,9 @@ class Report:
                         found[f"solve_warm_over_{peer}"] = self.ratio(work, peer, field="warm_s")
             if work == "w2":
                 found["w2_frames_over_plain"] = self.ratio(work, "plain", "zrl-frames")
+            if work in ("w1", "w1l"):
+                for peer in ("plain", "envpool"):
+                    found[f"{work}_numpy_over_{peer}"] = self.ratio(work, peer, "zrl-numpy")
             for system in self.systems:
                 if values := self.values(work, system):
                     unit = "seconds" if work == "solve" else "steps_per_s"

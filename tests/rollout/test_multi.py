@@ -57,12 +57,13 @@ def actor_of(kind: str) -> torch.nn.Module:
     env = drawing()
     make: dict[str, Callable[[], torch.nn.Module]] = {
         "mlp": lambda: MLPActor(env.observation_space, env.action_space),
+        "numpy": lambda: MLPActor(env.observation_space, env.action_space, numpy=True),
         "gru": lambda: GRUActor(env.observation_space, env.action_space),
     }
     return make[kind]()
 
 
-@pytest.mark.parametrize("kind", ["mlp", "gru"])
+@pytest.mark.parametrize("kind", ["mlp", "numpy", "gru"])
 @pytest.mark.parametrize("sticky", [False, True])
 def test_same_single_and_multi_give_the_same_numbers(kind: str, sticky: bool) -> None:
     found = []

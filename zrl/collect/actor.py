@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import optree
 import torch
 from torch import Tensor
 
+from zrl.data.fragment import Array
 from zrl.errors import ActorError
+
+
+class ArrayStep(Protocol):
+    """A step computed by arrays instead of tensors, with the weights of an actor and the outputs of its `step`, but for
+    the last bits and the random numbers."""
+
+    def begin(self, n_steps: int, n_columns: int) -> bool:
+        """Once before each fragment; False: this one is to be made by `step`."""
+
+    def __call__(self, obs: Array, t: int) -> tuple[Array, ...]:
+        """At row `t`: the action [B, ...], then the leaves of the info dict in the order of their names."""
 
 
 class BaseActorModule(torch.nn.Module):
@@ -60,6 +72,11 @@ class BaseActorModule(torch.nn.Module):
         """One step of B environments: all inputs ``[1, B, ...]``; returns as ``forward``."""
         actions, hx, info = self(obs, act, rew, fin, hx=hx)
         return actions, hx, info
+
+    def by_arrays(self) -> ArrayStep | None:
+        """What acts in the place of `step` where fragments are made, on the CPU and without debug: for an actor without
+        recurrent state that observes one array and takes one action. None, the default: `step` does."""
+        return None
 
     def value(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> Tensor:
         """v(x_t), ``[1, B]``, with nothing advanced: the new recurrent state is dropped.

@@ -100,6 +100,8 @@ def build(factory: Environments, actor: BaseActorModule, options: CollectOptions
         made.pop_all()
     if isinstance(columns, PlainColumns) and callable(factory):
         ctx.remake = _remaker(factory, columns, o)
+    if o.device.type == "cpu" and not o.debug:
+        ctx.arrays = actor.by_arrays()
     if o.debug:
         checked = CheckedStep(actor)
         ctx.step, ctx.value = checked, checked.value

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zrl.collect.actor import BaseActorModule
+from zrl.collect.actor import ArrayStep, BaseActorModule
 from zrl.collect.bounds import check_actions
 from zrl.collect.cut import CutEpisodes, is_default, value_of
 from zrl.collect.envs import Columns, Ends, check_rewards
@@ -46,12 +46,21 @@ def collect(ctx: Context, slot: Slot) -> None:
     live: list[int] | None = None  # the columns that are not frozen; None: all of them
     with ctx.streams.active(), torch.inference_mode(), _blaming(ctx, slot):
         hx = _begin(ctx, slot)
+        arrays = ctx.arrays
+        if arrays is not None and not arrays.begin(ctx.n_steps, ctx.spec.n_columns):
+            arrays = None
         for t in range(ctx.n_steps):
             row, nxt = rows[t], rows[t + 1]
             t0 = clock()
-            actions, hx, info = step(*(onto(row) if onto else row.inputs), hx)
-            t1 = clock()
-            write(actions, info, row)
+            if arrays is None:
+                actions, hx, info = step(*(onto(row) if onto else row.inputs), hx)
+                t1 = clock()
+                write(actions, info, row)
+            else:
+                outputs = arrays(row.obs[0], t)
+                t1 = clock()
+                for out, x in zip(row.output_arrays, outputs, strict=True):
+                    out[:] = x
             ends = columns.step(row, nxt) if live is None else columns.step_some(row, nxt, live)
             acting += t1 - t0
             stepping += clock() - t1
@@ -114,6 +123,7 @@ class Context:
         returns: float64 ``[B]``, reward so far of the running episodes.
         starts: int64 ``[B]``, number of the step with which they began.
         clock: steps taken by a column since the start.
+        arrays: acts in the place of `step`, wherever it can.
         remake: puts a new environment in the place of column j, the k-th one that is made anew; None: nobody can.
         step, value: ``actor.step`` and ``actor.value``, or the same with checks around them.
         read: the actor's inputs from a row, on the actor's device.
@@ -142,6 +152,7 @@ class Context:
     resets: bool = dataclasses.field(init=False)
     cut: CutEpisodes = dataclasses.field(init=False)
     clock: int = 0
+    arrays: ArrayStep | None = None
     remake: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:

@@ -85,6 +85,7 @@ class Row:
         mask: ``[B]``; `env`: one array per leaf of the environment's info.
         outputs: what the actor's step at row t writes, one tensor per leaf: the action in row t+1, the info in this
             one. Like `mask` and `env` empty at row T, which has no step.
+        output_arrays: the same as arrays, ``[B, ...]``.
     """
 
     __slots__ = (
@@ -100,6 +101,7 @@ class Row:
         "mask",
         "obs",
         "obs_flat",
+        "output_arrays",
         "outputs",
         "rew",
         "term",
@@ -134,6 +136,7 @@ class Row:
         self.mask: Array = np.empty(0, bool) if last else arrays["mask"][0]
         acts = [x[t + 1 : t + 2] for x in slot.tensors_of("state.act")]
         self.outputs: list[torch.Tensor] = [] if last else acts + tensors["actor"]
+        self.output_arrays: list[Array] = [x[0].numpy() for x in self.outputs]
         self.env: list[Array] = [] if last else arrays.get("env", [])
 
 

@@ -2,7 +2,7 @@
 public interface, with the actors of `zrl.zoo`. They sample by `algo.categorical`, which is the Gumbel-max trick.
 
 Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the
-bit. "Solve" is ``zrl train`` with its defaults.
+bit. With `numpy` the perceptron acts by NumPy. "Solve" is ``zrl train`` with its defaults.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zrl import BaseActorModule, algo, zoo
 from zrl.rollout import multi
 
 
-def actor_of(work: Work) -> BaseActorModule:
+def actor_of(work: Work, *, numpy: bool = False) -> BaseActorModule:
     """The actor of `zrl.zoo` that is the network of `nets`."""
     env = make_env(work.env)
     spaces = env.observation_space, env.action_space
@@ -31,7 +31,7 @@ def actor_of(work: Work) -> BaseActorModule:
         return zoo.CNNActor(*spaces)
     if work.env == "minigrid":
         return zoo.GRUActor(*spaces)
-    return zoo.MLPActor(*spaces, hidden=(nets.N_FEATURES[work.env],) * 2, shared=True, activation=nn.ReLU)
+    return zoo.MLPActor(*spaces, hidden=(nets.N_FEATURES[work.env],) * 2, shared=True, activation=nn.ReLU, numpy=numpy)
 
 
 def pool_of(work: Work) -> Any:
@@ -43,9 +43,9 @@ def pool_of(work: Work) -> Any:
     return make
 
 
-def run(work: Work, window: Window, *, frames: bool = False) -> None:
+def run(work: Work, window: Window, *, frames: bool = False, numpy: bool = False) -> None:
     env = pool_of(work) if work.pool else functools.partial(zoo.make_atari) if frames else factory(work.env)
-    actor = actor_of(work)
+    actor = actor_of(work, numpy=numpy)
     update = Update(actor, work.update)
     with multi.rollout(
         env,
