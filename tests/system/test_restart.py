@@ -27,6 +27,7 @@ from tests.system.programs import (
 )
 from zrl.net.codec import encode
 from zrl.protocol import messages as m
+from zrl.protocol.peers import AGAIN_SECONDS
 from zrl.train import checkpoint
 
 __all__ = ["folder", "programs"]  # fixtures
@@ -104,6 +105,7 @@ def refuses_mail_of(programs: Programs, url: str, old: m.Welcome) -> None:
         again = stranger.answer()
         assert isinstance(again, m.HelloAgain)
         assert again.run_id != old.run_id
+        time.sleep(AGAIN_SECONDS)  # sooner it is not answered again
         stranger.send(encode(dataclasses.replace(who, run_id=old.run_id)))
         assert isinstance(stranger.answer(), m.HelloAgain)
         stranger.send(encode(who))
