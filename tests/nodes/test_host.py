@@ -18,6 +18,7 @@ from zrl.data.memory import MemoryAddress
 from zrl.errors import ZrlError
 from zrl.nodes.children import MOST_ASKED, Spawner
 from zrl.nodes.host import Host, Patience, RunInfo
+from zrl.nodes.page import Phase
 from zrl.protocol import messages as m
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stops processes")
@@ -96,6 +97,30 @@ def test_who_has_not_started_is_drained_at_once(stopped: Spawner) -> None:
             await asyncio.sleep(0)
             assert [gone.cause for gone in said.gone] == ["drained"] * (N - MOST_ASKED)
             assert said.errors == []
+
+    asyncio.run(main())
+
+
+def test_who_makes_an_environment_anew_is_asked_to_leave_and_not_ended(
+    stopped: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has delivered before, and says Bye; who builds for the first time has nothing to say."""
+
+    async def main() -> None:
+        with hosting(stopped, Said()) as host:
+            host.begin(RUN)
+            first, again = list(host.kids.values())[:2]
+            for kid in (first, again):
+                kid.page.enter(Phase.BUILD)
+            again.page.set_sent(3)
+            ended: list[object] = []
+            monkeypatch.setattr(host._zygote, "terminate", ended.append)
+            host.drain()
+            assert first.child in ended
+            assert again.child not in ended
+            assert again.cause != "drained"
+            assert again.page.leave
+            monkeypatch.undo()
 
     asyncio.run(main())
 

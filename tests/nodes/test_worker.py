@@ -15,8 +15,9 @@ from zrl.collect.collect import collect
 from zrl.data.fragment import Slot
 from zrl.errors import EnvError, ProcessError
 from zrl.nodes.page import Page
-from zrl.nodes.worker import _Worker
+from zrl.nodes.worker import BYE_TIMEOUT, _Worker
 from zrl.protocol import messages as m
+from zrl.protocol.peers import LEAST_RATE
 from zrl.protocol.restarts import Restarts
 
 RUN, ME = b"R" * 16, b"W" * 16
@@ -155,3 +156,19 @@ def test_what_fails_while_it_leaves_does_not_keep_it_from_saying_bye(monkeypatch
         it._is_broken = False
         with pytest.raises(BrokenPipeError):
             it._close(ctx.columns)
+
+
+@pytest.mark.parametrize("on_the_wire", [0, 10 * LEAST_RATE])
+def test_the_answer_to_bye_is_waited_for_behind_all_payloads(on_the_wire: int) -> None:
+    waited: list[float] = []
+    with worker(m.ByeAck(RUN, ME)) as it:
+        receive = it.link.receive
+        it.link.send = lambda message: waited.clear()
+
+        def timed(timeout: float) -> m.Message | None:
+            waited.append(timeout)
+            return receive(timeout)  # type: ignore[no-any-return]
+
+        it.link.receive = timed
+        it._leave(on_the_wire)
+    assert waited == [pytest.approx(BYE_TIMEOUT + on_the_wire / LEAST_RATE, abs=1.0)]
