@@ -99,12 +99,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             mean = mean_return(batch, device)
             if rank == 0 and (update % 20 == 0 or update == args.updates):
                 print(f"update {update:5d}: mean return {mean:6.1f}, version {batch.version}", flush=True)
-    weights = nn.utils.parameters_to_vector(actor.parameters()).detach()
-    of_all = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_all, weights)
-    if rank == 0:
-        same = all(torch.equal(weights, other) for other in of_all)
-        print(f"weights of {len(of_all)} processes: {'the same' if same else 'DIFFERENT'}")
+        # the last exchange comes before the rollout closes, which takes a while: gloo's threads outlive the group under
+        # DistributedDataParallel, and let go of the tensors behind our back; the interpreter must not be ending then
+        weights = nn.utils.parameters_to_vector(actor.parameters()).detach()
+        of_all = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_all, weights)
+        if rank == 0:
+            same = all(torch.equal(weights, other) for other in of_all)
+            print(f"weights of {len(of_all)} processes: {'the same' if same else 'DIFFERENT'}")
 
 
 if __name__ == "__main__":

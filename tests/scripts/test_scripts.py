@@ -145,7 +145,7 @@ def run(name: str, words: list[str], *before: str) -> str:
         timeout=50,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
