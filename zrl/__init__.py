@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zrl.collect.evaluate import evaluate
     from zrl.data.batch import Batch, Episode, FragmentMeta
     from zrl.data.fragment import State
+    from zrl.nodes.prestart import end_prestarted, prestart
 
 __version__ = _version("zrl")
 
@@ -59,7 +60,9 @@ __all__ = [
     "WorkerError",
     "ZrlError",
     "__version__",
+    "end_prestarted",
     "evaluate",
+    "prestart",
 ]
 
 #: Imported when they are asked for: torch takes seconds, and who keeps workers or asks for help does not need it.
@@ -69,7 +72,9 @@ _ON_DEMAND = {
     "Episode": "zrl.data.batch",
     "FragmentMeta": "zrl.data.batch",
     "State": "zrl.data.fragment",
+    "end_prestarted": "zrl.nodes.prestart",
     "evaluate": "zrl.collect.evaluate",
+    "prestart": "zrl.nodes.prestart",
 }
 
 

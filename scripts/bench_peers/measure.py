@@ -17,8 +17,6 @@ import platform
 import time
 from typing import Any
 
-import torch
-
 from bench_peers.systems import SYSTEMS
 from bench_peers.window import Window
 from bench_peers.work import WORKS
@@ -44,9 +42,13 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    system, work = SYSTEMS[args.system], WORKS[args.work]
+    if system.package == "zrl" and work.name == "solve":  # as `zrl train` does, before torch is imported
+        importlib.import_module("zrl").prestart()
+    import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    system, work = SYSTEMS[args.system], WORKS[args.work]
     module: Any = importlib.import_module(f"bench_peers.systems.{system.module}")
     result: dict[str, Any]
     if work.name == "solve":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import zrl
 from zrl.cli.failures import EXIT_FAILED, EXIT_USAGE, Failure, failures, usage
 from zrl.cli.keys import keys_option
 from zrl.cli.options import config_options, settings_of
@@ -97,6 +98,8 @@ def _train(words: dict[str, Any], listen: Listen | None = None) -> None:
     if rank is not None:  # before torch is imported: it warns of what is meant to be, on standard error
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with failures() as signals:
+        if listen is None and config.workers:
+            zrl.prestart()
         from zrl.train.loop import train
 
         with reporter() if leads else Quiet() as report:

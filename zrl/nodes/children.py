@@ -24,8 +24,8 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
@@ -33,10 +33,23 @@ from typing import Any, ClassVar, Literal, Self
 import cloudpickle  # type: ignore[import-untyped]
 
 from zrl.errors import ConfigError, ProcessError
-from zrl.nodes.pipe import End, Ended, Fork, Ready, Signal, Start, Started, Surroundings, Unframer, Warned, frame, store
+from zrl.nodes.pipe import (
+    End,
+    Ended,
+    Fork,
+    Ready,
+    Signal,
+    Since,
+    Start,
+    Started,
+    Surroundings,
+    Unframer,
+    Warned,
+    fill,
+    frame,
+)
+from zrl.nodes.prestart import PRELOAD, Launched, take_prestarted
 
-#: What a worker needs besides its own module; most of the start-up time of a fresh interpreter.
-PRELOAD = ("torch", "gymnasium", "gymnasium.vector", "zrl.collect.build")
 SEND_TIMEOUT = 10.0  # seconds that a message may wait for a zygote that does not read
 MOST_ASKED = 8  # children that are asked for and not yet there; also what a pair of 8 KB holds, as on macOS
 CLOSE_TIMEOUT = 5.0  # seconds for `close`, when nobody said how long
@@ -123,21 +136,21 @@ class Zygote:
             log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"logs: the folder {log_dir} cannot be made: {error.strerror}; choose another") from error
-        surroundings = Surroundings.here()
-        ours, theirs = socket.socketpair()
-        with theirs, contextlib.ExitStack() as undo:
-            undo.callback(ours.close)
-            payload_fd = store(_pickled("the environment factory or the actor", (target, payload)))
-            start = frame(Start(cls.mode, str(run_dir), payload_fd, (*PRELOAD, *preload), surroundings, os.getpid()))
-            try:
-                # before there is a zygote: one whose host is killed right now knows what to remove
-                sent = _at_once(ours, start)
-                process = _launch(surroundings, theirs.fileno(), payload_fd, log_dir / "zygote.log")
-            finally:
-                os.close(payload_fd)
-            undo.pop_all()
-        zygote = cls(run_dir, log_dir, process, ours, _keep_log=keep_log)
-        zygote._send_bytes(start[sent:])
+        surroundings, log = Surroundings.here(), log_dir / "zygote.log"
+        data = _pickled("the environment factory or the actor", (target, payload))
+        start = Start(cls.mode, str(run_dir), -1, (*PRELOAD, *preload), surroundings, os.getpid())
+        prestarted = take_prestarted() if cls.mode == "fork" else None
+        with prestarted or Launched() as launched:
+            fill(launched.payload_fd, data)
+            since = None if prestarted is None else Since(_folder(), surroundings.environment(), str(log))
+            message = frame(replace(start, payload_fd=launched.payload_fd, since=since))
+            # before there is a zygote: one whose host is killed right now knows what to remove
+            sent = _at_once(launched.socket, message)
+            if prestarted is None:
+                with _appended(log) as output:
+                    launched.launch(surroundings, output)
+            zygote = cls(run_dir, log_dir, *launched.take(), _keep_log=keep_log)
+        zygote._send_bytes(message[sent:])
         return zygote
 
     @property
@@ -359,21 +372,21 @@ def _at_once(to: socket.socket, data: bytes) -> int:
     return 0
 
 
-def _launch(surroundings: Surroundings, fd: int, payload_fd: int, log: Path) -> subprocess.Popen[bytes]:
-    command, environment = surroundings.command(str(fd))
+@contextlib.contextmanager
+def _appended(log: Path) -> Iterator[int]:
     try:
-        with open(log, "ab") as output:
-            return subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=(fd, payload_fd),
-                process_group=0,  # Ctrl-C in the terminal is for the host alone, also while the zygote imports
-            )
+        file = open(log, "ab")  # noqa: SIM115
     except OSError as error:
         raise ProcessError(f"the zygote cannot be started: {error}") from error
+    with file:
+        yield file.fileno()
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed; the zygote stays in it, too
+        return "."
 
 
 def _pickled(what: str, value: object) -> bytes:

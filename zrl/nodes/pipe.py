@@ -1,6 +1,6 @@
 """What a host and its zygote tell each other, and how: pickled dataclasses, each after its length, over a socketpair.
 
-    host    ──►  Start, once; then Fork, Signal, End           (end of file means End)
+    host    ──►  Start, once; then Fork, Signal, End           (end of file means End; before Start: nothing to do)
     zygote  ──►  Ready, once; then for each child Started, Warned now and then, Ended
 
 Both ends are our own processes and no one else can reach the pair, which is why pickle is allowed here and never on a
@@ -64,9 +64,27 @@ class Surroundings:
         The libraries that compute on several threads are held to one: the zygote must have no other when it forks, and
         a worker is one core's work.
         """
+        return [sys.executable, "-P", "-m", "zrl.nodes.zygote", *words], self.environment()
+
+    def environment(self) -> dict[str, str]:
+        """That of `command`."""
         one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment = {**os.environ, **one, "PYTHONPATH": os.pathsep.join(self.path)}
-        return [sys.executable, "-P", "-m", "zrl.nodes.zygote", *words], environment
+        return {**os.environ, **one, "PYTHONPATH": os.pathsep.join(self.path)}
+
+
+@dataclass(frozen=True, slots=True)
+class Since:
+    """What may have changed between the launch of a zygote and its `Start`.
+
+    Attributes:
+        folder: the host's current one.
+        environment: variables as the zygote would have inherited them now.
+        log: path of the zygote's output from now on.
+    """
+
+    folder: str
+    environment: dict[str, str]
+    log: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +98,7 @@ class Start:
         preload: modules to import before the first fork.
         surroundings: of the host.
         host: its pid.
+        since: for a zygote that was there before: what it has not inherited.
     """
 
     mode: Literal["fork", "spawn"]
@@ -88,6 +107,7 @@ class Start:
     preload: tuple[str, ...]
     surroundings: Surroundings
     host: int
+    since: Since | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +204,25 @@ class Unframer:
             yield pickle.loads(body)
 
 
-def store(data: bytes) -> int:
-    """A descriptor of nameless memory (where there is no memfd: of a nameless file) that holds `data`, for children."""
+def nameless() -> int:
+    """A descriptor of nameless memory; where there is no memfd: of a nameless file."""
     if sys.platform == "linux" and hasattr(os, "memfd_create"):
-        fd = os.memfd_create("zrl-payload")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
+        return os.memfd_create("zrl-payload")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def fill(fd: int, data: bytes) -> None:
+    """Put `data` there, for those who have the descriptor too."""
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+
+
+def store(data: bytes) -> int:
+    """A descriptor of something `nameless` that holds `data`, for children."""
+    fd = nameless()
     try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
+        fill(fd, data)
     except BaseException:
         os.close(fd)
         raise

@@ -1,4 +1,4 @@
-"""``python -m zrl.nodes.zygote FD``: imports what workers need, once; forks them on request; tells how each one ends.
+"""``python -m zrl.nodes.zygote FD PID [MODULE]…``: imports what workers need, forks them, tells how each one ends.
 
     host ──── socketpair ────► zygote ──── fork ────► child          (settles, runs its target: see child.py)
          ◄─ Started … Ended ──   │  ◄── error pipe ────┘
@@ -14,7 +14,7 @@ pipe before its end is reported, so that it cannot be overtaken. The loop never 
 When the host closes its end, or dies, all children get SIGHUP, SIGKILL shortly after, the run directory is removed,
 and the zygote ends. SIGTERM is not for it: who ends a service or a container sends it to every process, and workers
 then finish what they have in hand. In mode "spawn" a forked child becomes a fresh interpreter at once; all else is the
-same.
+same. One that is launched with modules imports those before it reads anything: its host does not know yet what for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import contextlib
 import gc
 import importlib
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -41,6 +42,7 @@ from zrl.nodes.pipe import (
     Fork,
     Ready,
     Signal,
+    Since,
     Start,
     Started,
     Unframer,
@@ -49,6 +51,7 @@ from zrl.nodes.pipe import (
 )
 
 GRACE = 0.5  # seconds between SIGHUP and SIGKILL, when nobody said how long: host and children gone within two
+LOOK = 1.0  # seconds between two looks whether a host that has sent nothing yet is still there
 FINAL = 1.0  # seconds that a killed process may take to go before we leave it to init
 
 
@@ -307,9 +310,15 @@ def _wake_on_signals() -> int:
     return reader
 
 
-def _first_message(host: socket.socket, unframer: Unframer) -> tuple[Start | None, list[object]]:
-    """What the host sends first, and what came with it."""
-    while data := host.recv(1 << 16):
+def _first_message(host: socket.socket, unframer: Unframer, pid: int) -> tuple[Start | None, list[object]]:
+    """What the host sends first, and what came with it. None: it has ended, or has closed its end."""
+    poll = select.poll()
+    poll.register(host, select.POLLIN)
+    while (readable := poll.poll(LOOK * 1000)) or os.getppid() == pid:
+        if not readable:
+            continue
+        if not (data := host.recv(1 << 16)):
+            break
         if messages := list(unframer.feed(data)):
             return messages[0], messages[1:]
     return None, []
@@ -330,20 +339,39 @@ def _preload(start: Start) -> Ready:
     return Ready(os.getpid(), n_threads, time.monotonic() - begin)
 
 
+def _catch_up(since: Since) -> None:
+    """Be as if we had been launched now. What was printed so far goes into the log, too."""
+    os.chdir(since.folder)
+    os.environ.clear()
+    os.environ.update(since.environment)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    printed = os.pread(1, 1 << 20, 0)
+    log = os.open(since.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.write(log, printed)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
 def main() -> None:
-    """Until the host's end of the pair closes."""
+    """Until the host's end of the pair closes. Words: the pair's descriptor, the host, what to import at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.argv[1] == "--one":
         child.resume(int(sys.argv[2]))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # comes with SIGCONT where we are stopped and the host dies
-    host = socket.socket(fileno=int(sys.argv[1]))
+    host, pid = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    for module in sys.argv[3:]:
+        importlib.import_module(module)
     unframer = Unframer()
-    start, more = _first_message(host, unframer)
+    start, more = _first_message(host, unframer, pid)
     if start is None:
         return
     for fd in (host.fileno(), start.payload_fd):
         os.set_inheritable(fd, False)
+    if start.since is not None:
+        _catch_up(start.since)
     start.surroundings.apply()
     try:
         zygote = Zygote(start, host, unframer)
