@@ -33,7 +33,9 @@ PUBLIC = {
         "WorkerError",
         "ZrlError",
         "__version__",
+        "end_prestarted",
         "evaluate",
+        "prestart",
     ],
     "zrl.algo": [
         "Actor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -97,9 +98,10 @@ def _train(words: dict[str, Any], listen: Listen | None = None) -> None:
         raise Failure("--require-goal needs --stop-at-return", EXIT_USAGE)
     if rank is not None:  # before torch is imported: it warns of what is meant to be, on standard error
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    with failures() as signals:
-        if listen is None and config.workers:
+    with failures() as signals, contextlib.ExitStack() as ended:
+        if listen is None and config.workers:  # before torch is imported
             zrl.prestart()
+            ended.callback(zrl.end_prestarted)
         from zrl.train.loop import train
 
         with reporter() if leads else Quiet() as report:
