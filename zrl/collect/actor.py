@@ -25,8 +25,9 @@ class ArrayStep(Protocol):
     def begin(self, n_steps: int, n_columns: int) -> bool:
         """Once before each fragment; False: this one is to be made by `step`."""
 
-    def __call__(self, obs: Array, t: int) -> tuple[Array, ...]:
-        """At row `t`: the action [B, ...], then the leaves of the info dict in the order of their names."""
+    def __call__(self, obs: Array, fin: Array, hx: Any, t: int) -> tuple[tuple[Array, ...], Any]:
+        """At row `t`, from the only leaf of its observation and its ends [B]: the action [B, ...] and the leaves of the
+        info dict in the order of their names; and the next recurrent state, tensors like `hx`."""
 
 
 class BaseActorModule(torch.nn.Module):

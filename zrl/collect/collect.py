@@ -57,7 +57,7 @@ def collect(ctx: Context, slot: Slot) -> None:
                 t1 = clock()
                 write(actions, info, row)
             else:
-                outputs = arrays(row.obs[0], t)
+                outputs, hx = arrays(row.obs[0], row.fin, hx, t)
                 t1 = clock()
                 for out, x in zip(row.output_arrays, outputs, strict=True):
                     out[:] = x

@@ -20,7 +20,7 @@ from zrl.collect.encoding import TextCodes
 from zrl.collect.spaces import space_leaves
 from zrl.data.spec import flatten
 from zrl.errors import ActorError
-from zrl.zoo.by_numpy import MLPByNumpy
+from zrl.zoo.by_numpy import GRUByNumpy, MLPByNumpy, is_cell, is_hooked
 
 
 class Features(nn.Module):
@@ -70,6 +70,11 @@ class PolicyHead(nn.Module):
     Discrete: categorical. MultiDiscrete, MultiBinary: one categorical a component. Box: a diagonal Gaussian whose
     standard deviation does not depend on the state.
 
+    Attributes:
+        shape: of an action.
+        start: the least action.
+        is_gaussian: else categorical.
+
     Raises:
         ActorError: another action space.
     """
@@ -78,16 +83,16 @@ class PolicyHead(nn.Module):
 
     def __init__(self, n_features: int, space: gym.Space[Any]) -> None:
         super().__init__()
-        self._shape = space.shape or ()
+        self.shape = space.shape or ()
         start: Any = 0
-        self._gaussian = isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f"
-        if self._gaussian:
-            self.log_std = nn.Parameter(torch.zeros(math.prod(self._shape)))
-            self.linear = _linear(n_features, math.prod(self._shape), gain=0.01)
+        self.is_gaussian = isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f"
+        if self.is_gaussian:
+            self.log_std = nn.Parameter(torch.zeros(math.prod(self.shape)))
+            self.linear = _linear(n_features, math.prod(self.shape), gain=0.01)
         elif isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)):
             sizes, start = _sizes(space)
             self.linear = _linear(n_features, len(sizes) * max(sizes), gain=0.01)
-            self._logits = (*self._shape, max(sizes))
+            self._logits = (*self.shape, max(sizes))
             real = (torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(-1)).reshape(self._logits)
             self.register_buffer("_absent", ~real if not real.all() else None, persistent=False)
         else:
@@ -98,20 +103,20 @@ class PolicyHead(nn.Module):
                 found=str(space),
             )
         self._start = None if not np.any(start) else start
-        self.start: Any = start  # the least action
+        self.start: Any = start
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         return self.parameters_of(self.linear(features))
 
     def parameters_of(self, out: Tensor) -> dict[str, Tensor]:
         """Those of the policy, from what the last layer says."""
-        if not (self._gaussian or self._shape):
+        if not (self.is_gaussian or self.shape):
             return {"logits": out}
         lead = out.shape[:-1]
-        if self._gaussian:
+        if self.is_gaussian:
             return {
-                "mean": out.reshape(*lead, *self._shape),
-                "log_std": self.log_std.expand_as(out).reshape(*lead, *self._shape),
+                "mean": out.reshape(*lead, *self.shape),
+                "log_std": self.log_std.expand_as(out).reshape(*lead, *self.shape),
             }
         logits = out.reshape(*lead, *self._logits)
         return {"logits": logits if self._absent is None else logits.masked_fill(self._absent, -torch.inf)}
@@ -152,14 +157,10 @@ def _linear(n_in: int, n_out: int, gain: float) -> nn.Linear:
 def _apply(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer` on ``x [B, n]``, where no gradient is wanted: the same kernel on the same numbers, without the call of a
     module around it, which takes as long. What is no plain linear layer, or has hooks, is called as ever on one row."""
-    if type(layer) is nn.Linear and not _is_hooked(layer):
+    if type(layer) is nn.Linear and not is_hooked(layer):
         p = layer._parameters
         return nn.functional.linear(x, p["weight"], p["bias"])  # type: ignore[arg-type]
     return layer(x.unsqueeze(0))[0]  # type: ignore[no-any-return]
-
-
-def _is_hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def _run(layers: nn.Sequential, x: Tensor) -> Tensor:
     before = None  # kind of the layer before, if nobody else can have seen what it made
     for layer in layers._modules.values():
         assert layer is not None
-        hooked = _is_hooked(layer)
+        hooked = is_hooked(layer)
         in_place = None if hooked or before is not nn.Linear else _IN_PLACE.get(type(layer))
         x = _apply(layer, x) if in_place is None else in_place(x)
         before = None if hooked else type(layer)
@@ -224,9 +225,9 @@ class MLPActor(_Actor):
     Args:
         hidden: sizes of the hidden layers.
         shared: one core for policy and value; otherwise each has its own.
-        numpy: make fragments by NumPy, where that can be: on the CPU, with a flat Box of float32 observed, a Discrete
-            action, and Tanh or ReLU. Between the steps of environments it is twice as fast; what it records differs in
-            the last bits from what `step` and `forward` would, and the random numbers are others.
+        numpy: make fragments by NumPy, where that can be: on the CPU, with one Box observed, an action that is Discrete
+            or a Box, and Tanh or ReLU. Between the steps of environments it is twice as fast; what it records differs
+            in the last bits from what `step` and `forward` would, and the random numbers are others.
     """
 
     def __init__(
@@ -240,9 +241,7 @@ class MLPActor(_Actor):
     ) -> None:
         super().__init__(hidden[-1], action_space)
         self.features = Features(observation_space)
-        box = isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1
-        flat = box and observation_space.dtype == np.float32
-        self._by_numpy = numpy and flat and isinstance(action_space, gym.spaces.Discrete)
+        self._by_numpy = numpy and _can_be_arrays(observation_space, self.policy)
         self.core = _mlp([self.features.size, *hidden], activation)
         self.value_core = None if shared else _mlp([self.features.size, *hidden], activation)
 
@@ -260,6 +259,10 @@ class MLPActor(_Actor):
         x = parts["features"].forward(obs)[0]
         core = _run(parts["core"], x)
         return core, core if self.value_core is None else _run(self.value_core, x), ()
+
+
+def _can_be_arrays(observation_space: gym.Space[Any], policy: PolicyHead) -> bool:
+    return isinstance(observation_space, gym.spaces.Box) and (policy.is_gaussian or not policy.shape)
 
 
 class CNNActor(_Actor):
@@ -320,11 +323,19 @@ class GRUActor(_Actor):
 
     Args:
         hidden: size of the recurrent state, ``[1, B, hidden]``.
+        numpy: as of `MLPActor`.
     """
 
-    def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any], hidden: int = 64) -> None:
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        hidden: int = 64,
+        numpy: bool = False,
+    ) -> None:
         super().__init__(hidden, action_space)
         self.features = Features(observation_space)
+        self._by_numpy = numpy and _can_be_arrays(observation_space, self.policy)
         self.encoder = _mlp([self.features.size, hidden], nn.Tanh)
         self.core = nn.GRU(hidden, hidden)
 
@@ -336,11 +347,14 @@ class GRUActor(_Actor):
         actions, info = self._heads(core, core)
         return actions, hx, info
 
+    def by_arrays(self) -> ArrayStep | None:
+        return GRUByNumpy(self) if self._by_numpy and type(self) is GRUActor else None
+
     def _row(self, obs: Any, fin: Tensor, hx: Any) -> tuple[Tensor, Tensor, Any]:
         x = _run(self.encoder, self.features.forward(obs)[0]).unsqueeze(0)
         if hx is None:
             hx = x.new_zeros(1, fin.shape[1], self.core.hidden_size)
-        if type(self.core) is not nn.GRU or _is_hooked(self.core):
+        if not is_cell(self.core):
             core, hx = algo.unroll(self.core, x, hx, fin)
             return core[0], core[0], hx
         h = hx[0].masked_fill(fin.view(-1, 1), 0)

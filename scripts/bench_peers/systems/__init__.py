@@ -79,7 +79,9 @@ SYSTEMS: dict[str, System] = {
     "plain-race": System("plain", package="torch", works=("w1", "w2", "w4"), options={"race": True}),
     "plain-learns": System("plain", package="torch", works=LEARN, options={"learns": True}),
     "zrl": System("zrl", works=(*ALL, "w5_cartpole", "w5_wide", "w5_pong", "solve")),
-    "zrl-numpy": System("zrl", works=("w1", "w1l"), options={"numpy": True}),
+    "zrl-numpy": System(
+        "zrl", works=("w1", "w1l", "w3", "w4", "ppo", "w5_cartpole", "w5_wide"), options={"numpy": True}
+    ),
     "zrl-frames": System("zrl", works=("w2",), options={"frames": True}),
     "envpool": System(
         "envpool", package="envpool", works=(*COLLECT, *LEARN, "w5_cartpole", "w5_wide", "w5_pong"), lacks=_NO_GRU

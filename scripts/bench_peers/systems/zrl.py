@@ -2,7 +2,7 @@
 public interface, with the actors of `zrl.zoo`. They sample by `algo.categorical`, which is the Gumbel-max trick.
 
 Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the
-bit. With `numpy` the perceptron acts by NumPy. "Solve" is ``zrl train`` with its defaults.
+bit. With `numpy` perceptron and GRU act by NumPy. "Solve" is ``zrl train`` with its defaults.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def actor_of(work: Work, *, numpy: bool = False) -> BaseActorModule:
     if work.env == "pong":
         return zoo.CNNActor(*spaces)
     if work.env == "minigrid":
-        return zoo.GRUActor(*spaces)
+        return zoo.GRUActor(*spaces, numpy=numpy)
     return zoo.MLPActor(*spaces, hidden=(nets.N_FEATURES[work.env],) * 2, shared=True, activation=nn.ReLU, numpy=numpy)
 
 
