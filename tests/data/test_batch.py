@@ -180,9 +180,12 @@ def test_by_column_each_exactly_once(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
 @pytest.mark.parametrize("masked", [False, True])
-def test_by_step_each_exactly_once(size: int, masked: bool) -> None:
-    """A minibatch is a batch of T = 1: rows 0 and 1 are t and t+1 of a step that was taken."""
+@pytest.mark.parametrize("at_once", [1, 12, 1000], ids="{}_at_once".format)
+def test_by_step_each_exactly_once(size: int, masked: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minibatch is a batch of T = 1: rows 0 and 1 are t and t+1 of a step that was taken; however many steps are cut
+    out together."""
     b = batch(hx=False)
+    monkeypatch.setattr("zrl.data.batch._AT_ONCE_NBYTES", at_once * b._nbytes() // b.mask.numel())
     if masked:
         b.mask[2:, 1] = b.mask[3, 2] = False
     steps = {(t, j) for t in range(T) for j in range(B) if b.mask[t, j]}

@@ -16,6 +16,9 @@ from zrl.errors import ConfigError, StaleBatchError
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 
+#: Single steps that are cut out together, before they become minibatches: of small ones the calls are what costs.
+_AT_ONCE_NBYTES = 1 << 22
+
 
 class FragmentMeta(NamedTuple):
     """Where a fragment comes from: weights version it was made with, index of its worker, its number there from 1."""
@@ -142,7 +145,7 @@ class Batch(Record):
             generator: source of the permutation; torch's default one, if None.
 
         Yields:
-            Batches that own their tensors. ``meta`` stays that of the whole batch.
+            Batches of tensors that are theirs alone. ``meta`` stays that of the whole batch.
 
         Raises:
             ConfigError: size below 1, an unknown `by`, ``by="step"`` with recurrent state, `extra` of another shape.
@@ -179,7 +182,10 @@ class Batch(Record):
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         n_columns = self.mask.shape[1]
         steps = (rows * n_columns + columns)[order]
-        for at in torch.split(steps, size) if len(steps) else ():
+        if not len(steps):
+            return
+        at_once = size * max(1, _AT_ONCE_NBYTES * self.mask.numel() // (self._nbytes() * size))
+        for at in torch.split(steps, at_once):
             both = torch.cat([at, at + n_columns])
 
             # one index into rows and columns at once: three times as fast as one into each
@@ -192,7 +198,24 @@ class Batch(Record):
             def after(_: torch.Tensor, at: torch.Tensor = at) -> torch.Tensor:
                 return values.flatten(0, 1).index_select(0, at).unsqueeze(0)
 
-            yield self._cut(pairs, one, lambda x: x, after)
+            several = self._cut(pairs, one, lambda x: x, after)
+            for start in range(0, len(at), size):
+                n = min(size, len(at) - start)
+
+                def part(x: torch.Tensor, start: int = start, n: int = n) -> torch.Tensor:
+                    return x.narrow(1, start, n)
+
+                yield several._cut(part, part, lambda x: x, part)
+
+    def _nbytes(self) -> int:
+        sizes: list[int] = []
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            sizes.append(x.nbytes)
+            return x
+
+        self._map(note)
+        return sum(sizes)
 
 
 class ExpiredBatch(Batch):
