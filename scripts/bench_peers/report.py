@@ -26,6 +26,7 @@ PEERS = {
     "plain_race": ("plain-race",),
     "plain_learns": ("plain-learns",),
     "envpool": ("envpool",),
+    "envpool_pinned": ("envpool-pinned",),
     "sb3": ("sb3-dummy", "sb3-subproc"),
     "sample_factory": ("sample-factory",),
     "torchrl": ("torchrl-sync", "torchrl-async"),
@@ -33,7 +34,7 @@ PEERS = {
     "pufferlib": ("pufferlib", "pufferlib-mp"),
     "rllib": ("rllib",),
 }
-OURS = ("zrl", "zrl-frames", "zrl-numpy")
+OURS = ("zrl", "zrl-frames", "zrl-numpy", "zrl-pinned")
 Values = dict[int, float]  # round (or seed) → steps per second, or seconds
 
 
@@ -117,11 +118,11 @@ class Report:
                     found[f"{work}_over_{peer}"] = self.ratio(work, peer)
                     if work == "solve":
                         found[f"solve_warm_over_{peer}"] = self.ratio(work, peer, field="warm_s")
-            if work == "w2":
-                found["w2_frames_over_plain"] = self.ratio(work, "plain", "zrl-frames")
-            if work in ("w1", "w1l"):
-                for peer in ("plain", "envpool"):
-                    found[f"{work}_numpy_over_{peer}"] = self.ratio(work, peer, "zrl-numpy")
+            for ours in OURS[1:]:
+                for peer in ("plain", "envpool", "envpool_pinned") if work in SYSTEMS[ours].works else ():
+                    if work in SYSTEMS[PEERS[peer][0]].works:
+                        key = f"{work}_{ours.removeprefix('zrl-')}_over_{peer}"
+                        found[key] = self.ratio(work, peer, ours)
             for system in self.systems:
                 if values := self.values(work, system):
                     unit = "seconds" if work == "solve" else "steps_per_s"

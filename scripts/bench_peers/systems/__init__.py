@@ -19,6 +19,7 @@ OLD_GAMES = ("ale-py==0.10.1", *GAMES[1:])
 COLLECT = ("w1", "w2", "w3")
 LEARN = ("w1l", "ppo")
 ALL = (*COLLECT, *LEARN, "w4")
+POOLS = ("w5_cartpole", "w5_wide", "w5_pong")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +79,12 @@ SYSTEMS: dict[str, System] = {
     "plain": System("plain", package="torch", works=(*COLLECT, "w4", *LEARN)),
     "plain-race": System("plain", package="torch", works=("w1", "w2", "w4"), options={"race": True}),
     "plain-learns": System("plain", package="torch", works=LEARN, options={"learns": True}),
-    "zrl": System("zrl", works=(*ALL, "w5_cartpole", "w5_wide", "w5_pong", "solve")),
-    "zrl-numpy": System(
-        "zrl", works=("w1", "w1l", "w3", "w4", "ppo", "w5_cartpole", "w5_wide"), options={"numpy": True}
-    ),
+    "zrl": System("zrl", works=(*ALL, *POOLS, "solve")),
+    "zrl-numpy": System("zrl", works=("w1", "w3", "w4", *LEARN, *POOLS[:2]), options={"numpy": True}),
+    "zrl-pinned": System("zrl", works=POOLS, options={"numpy": True, "affinity": True}),
     "zrl-frames": System("zrl", works=("w2",), options={"frames": True}),
-    "envpool": System(
-        "envpool", package="envpool", works=(*COLLECT, *LEARN, "w5_cartpole", "w5_wide", "w5_pong"), lacks=_NO_GRU
-    ),
+    "envpool": System("envpool", package="envpool", works=(*COLLECT, *LEARN, *POOLS), lacks=_NO_GRU),
+    "envpool-pinned": System("envpool", package="envpool", works=("w1", "w1l", *POOLS), options={"pinned": True}),
     "sb3-dummy": _with(_SB3, works=(*_SB3.works, "solve"), options={"processes": False}),
     "sb3-subproc": _with(_SB3, options={"processes": True}),
     "pufferlib": _with(_PUFFER, options={"processes": False}),

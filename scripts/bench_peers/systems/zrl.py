@@ -2,7 +2,8 @@
 public interface, with the actors of `zrl.zoo`. They sample by `algo.categorical`, which is the Gumbel-max trick.
 
 Pong's frames are made by Gymnasium's wrappers as for everybody; with `frames` by `zoo.AtariFrames`, the same to the
-bit. With `numpy` perceptron and GRU act by NumPy. "Solve" is ``zrl train`` with its defaults.
+bit. With `numpy` perceptron and GRU act by NumPy; with `affinity`
+workers stay on one core each. "Solve" is ``zrl train`` with its defaults.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def pool_of(work: Work) -> Any:
     return make
 
 
-def run(work: Work, window: Window, *, frames: bool = False, numpy: bool = False) -> None:
+def run(work: Work, window: Window, *, frames: bool = False, numpy: bool = False, affinity: bool = False) -> None:
     env = pool_of(work) if work.pool else functools.partial(zoo.make_atari) if frames else factory(work.env)
     actor = actor_of(work, numpy=numpy)
     update = Update(actor, work.update)
@@ -56,6 +57,7 @@ def run(work: Work, window: Window, *, frames: bool = False, numpy: bool = False
         n_buffers=2 * work.workers,
         n_per_batch=work.workers,
         max_lag=0 if work.update == "ppo" else None,
+        affinity=affinity,
         entropy=1,
     ) as rollout:
         for batch in rollout:
