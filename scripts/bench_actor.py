@@ -2,15 +2,17 @@
 
     python scripts/bench_actor.py [--rounds 41] [--columns 16]
 
-In inference mode, on one thread; `forward` and `step` take turns, and ratios are medians of the rounds' ratios. The
-last line is one flat JSON object: for each actor ``forward_us_ACTOR`` and ``step_us_ACTOR``, microseconds of CPU time
-for one row of B columns, and ``forward_over_step_ACTOR``. Alone, with everything in the caches: in the loop, after 16
-environments have had these, the same takes half as much again.
+In inference mode, on one thread; `forward`, `step` and, where an actor has it, the step `by_arrays` take turns, and
+ratios are medians of the rounds' ratios. The last line is one flat JSON object: for each actor ``forward_us_ACTOR``,
+``step_us_ACTOR`` and ``arrays_us_ACTOR``, microseconds of CPU time for one row of B columns, and the ratios
+``forward_over_step_ACTOR`` and ``step_over_arrays_ACTOR``. Alone, with everything in the caches: in the loop, after 16 environments have had these,
+a step takes half as much again, or twice as much.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -30,10 +32,10 @@ IMAGE = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
 FEW = gym.spaces.Discrete(2)
 
 ACTORS: dict[str, Callable[[], BaseActorModule]] = {
-    "mlp_shared": lambda: MLPActor(VECTOR, FEW, shared=True),
-    "mlp": lambda: MLPActor(VECTOR, FEW),
-    "gaussian": lambda: MLPActor(VECTOR, gym.spaces.Box(-1, 1, (6,), np.float32)),
-    "gru": lambda: GRUActor(VECTOR, FEW),
+    "mlp_shared": lambda: MLPActor(VECTOR, FEW, shared=True, numpy=True),
+    "mlp": lambda: MLPActor(VECTOR, FEW, numpy=True),
+    "gaussian": lambda: MLPActor(VECTOR, gym.spaces.Box(-1, 1, (6,), np.float32), numpy=True),
+    "gru": lambda: GRUActor(VECTOR, FEW, numpy=True),
     "cnn": lambda: CNNActor(IMAGE, FEW),
 }
 
@@ -46,24 +48,27 @@ def turn(call: Callable[[], object], n: int) -> float:
     return (time.process_time() - started) / n
 
 
-def measure(actor: BaseActorModule, n_columns: int, rounds: int) -> tuple[float, float, float]:
-    """Microseconds of `forward` and of `step`, and their ratio."""
+def measure(actor: BaseActorModule, n_columns: int, rounds: int) -> dict[str, float]:
+    """Microseconds of `forward`, `step` and `by_arrays`, and the ratios of one to the next."""
     image = isinstance(actor, CNNActor)
     obs = torch.randint(256, (1, n_columns, 4, 84, 84)).byte() if image else torch.randn(1, n_columns, 4)
     hx: Any = torch.zeros(1, n_columns, 64) if isinstance(actor, GRUActor) else ()
     row = obs, torch.zeros(1, n_columns), torch.zeros(1, n_columns), torch.zeros(1, n_columns, dtype=torch.bool)
+    arrays, x, fin = actor.by_arrays(), obs[0].numpy(), row[3][0].numpy()
+    ways: dict[str, Callable[[], object]] = {
+        "forward": lambda: actor(*row, hx=hx),
+        "step": lambda: actor.step(*row, hx),
+    }
+    if arrays is not None:
+        assert arrays.begin(1, n_columns)
+        ways["arrays"] = lambda: arrays(x, fin, hx, 0)
     with torch.inference_mode():
-
-        def forward() -> object:
-            return actor(*row, hx=hx)
-
-        def step() -> object:
-            return actor.step(*row, hx)
-
-        n = max(1, int(BUDGET / min(turn(forward, 1) for _ in range(5))))
-        times = [(turn(forward, n), turn(step, n)) for _ in range(rounds)]
-    whole, one = (statistics.median(column) * 1e6 for column in zip(*times, strict=True))
-    return whole, one, statistics.median(a / b for a, b in times)
+        n = max(1, int(BUDGET / min(turn(ways["forward"], 1) for _ in range(5))))
+        times = [{way: turn(call, n) for way, call in ways.items()} for _ in range(rounds)]
+    figures = {f"{way}_us": statistics.median(t[way] for t in times) * 1e6 for way in ways}
+    for slow, fast in itertools.pairwise(ways):
+        figures[f"{slow}_over_{fast}"] = statistics.median(t[slow] / t[fast] for t in times)
+    return figures
 
 
 def main() -> None:
@@ -76,9 +81,9 @@ def main() -> None:
     figures: dict[str, float] = {}
     for name, make in ACTORS.items():
         columns = max(1, options.columns // 4) if name == "cnn" else options.columns
-        whole, one, ratio = measure(make(), columns, options.rounds)
-        print(f"{name:10} B {columns:3}: forward {whole:8.1f} µs, step {one:8.1f} µs, {ratio:5.2f} times as fast")
-        figures |= {f"forward_us_{name}": whole, f"step_us_{name}": one, f"forward_over_step_{name}": ratio}
+        found = measure(make(), columns, options.rounds)
+        print(f"{name:10} B {columns:3}: " + ", ".join(f"{key} {x:.1f}" for key, x in found.items()))
+        figures |= {f"{key}_{name}": x for key, x in found.items()}
     print(json.dumps({name: round(x, 3) for name, x in figures.items()}))
 
 

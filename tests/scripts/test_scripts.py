@@ -58,6 +58,11 @@ KEYS = {
             f"{what}_{actor}"
             for what in ("forward_us", "step_us", "forward_over_step")
             for actor in ("mlp_shared", "mlp", "gaussian", "gru", "cnn")
+        ]
+        + [
+            f"{what}_{a}"
+            for what in ("arrays_us", "step_over_arrays")
+            for a in ("mlp_shared", "mlp", "gaussian", "gru")
         ],
     ),
     "bench_hostile.py": (
