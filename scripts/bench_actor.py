@@ -5,8 +5,8 @@
 In inference mode, on one thread; `forward`, `step` and, where an actor has it, the step `by_arrays` take turns, and
 ratios are medians of the rounds' ratios. The last line is one flat JSON object: for each actor ``forward_us_ACTOR``,
 ``step_us_ACTOR`` and ``arrays_us_ACTOR``, microseconds of CPU time for one row of B columns, and the ratios
-``forward_over_step_ACTOR`` and ``step_over_arrays_ACTOR``. Alone, with everything in the caches: in the loop, after 16 environments have had these,
-a step takes half as much again, or twice as much.
+``forward_over_step_ACTOR`` and ``step_over_arrays_ACTOR``. Alone, with everything in the caches: in the
+loop, after 16 environments have had these, a step takes half as much again, or twice as much.
 """
 
 from __future__ import annotations
