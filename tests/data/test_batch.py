@@ -241,6 +241,28 @@ def test_minibatches_own_their_tensors(by: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["step", "column"])
+def test_minibatches_are_whole_and_changed_one_by_one(by: str) -> None:
+    """As if each had been cut out alone: in memory, and in what autograd knows of it."""
+    b = batch(hx=False)
+    w = torch.ones((), requires_grad=True)
+    loss = torch.zeros(())
+    for p in b.minibatches(2, by=by, extra={"adv": torch.rand(T, B)}):
+        assert all(x.is_contiguous() for x in (p.state.rew, p.actor["value"], p.bootstrap, p.extra["adv"]))
+        p.extra["adv"] -= p.extra["adv"].mean()
+        loss = loss + (w * p.extra["adv"] * p.state.rew[1:].float()).sum()
+    torch.autograd.backward(loss)
+    assert w.grad is not None
+
+
+def test_minibatches_of_what_has_a_gradient() -> None:
+    b = batch(hx=False)
+    adv = torch.rand(T, B, requires_grad=True)
+    torch.autograd.backward([p.extra["adv"].sum() for p in b.minibatches(5, by="step", extra={"adv": adv})])
+    assert adv.grad is not None
+    assert torch.equal(adv.grad, torch.ones(T, B))
+
+
+@pytest.mark.parametrize("by", ["step", "column"])
 def test_minibatches_are_random_and_repeatable(by: str) -> None:
     b = batch(hx=False)
 

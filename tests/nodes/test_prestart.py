@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 import zrl
 from tests.nodes.test_zygote import PATIENCE, ROOT, alive, ended, new, until, written
 from zrl.nodes import prestart
-from zrl.nodes.children import Spawner, Zygote
+from zrl.nodes.children import Lost, Spawner, Zygote
 from zrl.nodes.prestart import Launched
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -108,18 +110,73 @@ def test_spawn_leaves_it_alone(tmp_path: Path) -> None:
     assert prestart._launched is not None
 
 
-@pytest.mark.parametrize("how", ["import", "kill"])
-def test_one_that_has_died_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    if how == "import":
-        monkeypatch.setattr(prestart, "PRELOAD", ("no_such_module",))
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
+def test_one_that_has_died_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: bool) -> None:
+    """Also where it ends after we have looked: the pair is closed then, and the process may still be there."""
     process = begun()._process
     assert process is not None
-    if how == "kill":
-        process.kill()
+    process.kill()
     process.wait(PATIENCE)
+    if not seen:
+        monkeypatch.setattr(Launched, "alive", property(lambda self: self._process is not None))
     with new(Zygote, tmp_path / "a") as zygote:
         assert zygote.process.pid != process.pid
         assert ended(zygote, zygote.fork("worker-0", ("end", 0))).code == 0
+
+
+def test_an_import_that_fails_is_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "broken.py").write_text("raise RuntimeError('no such thing')")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setattr(prestart, "PRELOAD", ("broken",))
+    begun()
+    with new(Zygote, tmp_path / "a", preload=["broken"]) as zygote:
+        event = zygote.wait_event(PATIENCE)
+        assert isinstance(event, Lost)
+        assert "no such thing" in event.why
+
+
+def test_a_log_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
+    begun()
+    (tmp_path / "a" / "log" / "zygote.log").mkdir(parents=True)
+    with pytest.raises(zrl.ProcessError, match="directory"):
+        new(Zygote, tmp_path / "a")
+
+
+def test_a_folder_that_is_gone_and_cores_are_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun()
+    cores = os.sched_getaffinity(0)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    try:
+        os.sched_setaffinity(0, {max(cores)})
+        zygote = new(Zygote, tmp_path / "a", "tests.nodes.test_prestart:look")
+    finally:
+        os.sched_setaffinity(0, cores)
+    with zygote:
+        zygote.fork("worker-0", (str(tmp_path / "out"),))
+        assert written(zygote, tmp_path / "out") == [{max(cores)}, f"{gone} (deleted)"]
+
+
+def look(_: object, path: str) -> None:
+    from tests.nodes import targets
+
+    targets.write(None, path, [os.sched_getaffinity(0), os.readlink("/proc/self/cwd")])
+
+
+def test_children_of_multiprocessing_begin_none() -> None:
+    """They import the main module again, which calls it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(begin_and_look) is False
+        pool.close()
+        pool.join()
+
+
+def begin_and_look() -> bool:
+    zrl.prestart()
+    return prestart._launched is not None
 
 
 def test_what_cannot_be_pickled_leaves_it_for_the_next(tmp_path: Path) -> None:
@@ -133,8 +190,13 @@ def test_what_cannot_be_pickled_leaves_it_for_the_next(tmp_path: Path) -> None:
 def test_a_fork_of_ours_neither_uses_nor_ends_it(tmp_path: Path) -> None:
     pid = pid_of(begun())
     if (child := os.fork()) == 0:
+        held = prestart._launched
+        for fd in range(3, 200):  # as daemons do it
+            with contextlib.suppress(OSError):
+                os.close(fd)
         ours = prestart.take_prestarted()
-        os._exit(ours is not None)
+        zrl.end_prestarted()
+        os._exit(ours is not None or held is None)
     assert os.waitpid(child, 0)[1] == 0
     assert alive(pid)
     with new(Zygote, tmp_path / "a") as zygote:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import zrl
 from zrl.config import ALGORITHMS, TrainConfig
 from zrl.errors import CheckpointError, ConfigError, EnvError, PreflightError
 from zrl.train import checkpoint
@@ -78,6 +79,16 @@ def test_a_signal_saves_and_stops(tmp_path: Path, signum: signal.Signals) -> Non
     assert signal.getsignal(signum) is before
 
 
+class Chance(zrl.BaseActorModule):
+    """Has nothing to train."""
+
+    def __init__(self, *spaces: Any) -> None:
+        super().__init__()
+
+    def forward(self, obs: Any, act: Any, rew: Any, fin: Any, *, hx: Any = None) -> Any:
+        return torch.randint(2, fin.shape), (), {"value": rew, "logits": rew.new_zeros(*fin.shape, 2)}
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -85,6 +96,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, signum: signal.Signals) -> Non
         ({"env": "no_such_module:Thing-v0"}, "no_such_module"),
         ({"device": "cuda:77"}, "device: 'cuda:77' cannot be used"),
         ({"device": "abacus"}, "device: 'abacus' cannot be used"),
+        ({"actor": "tests.train.test_loop:Chance"}, "actor: expected one with parameters to train, not Chance"),
     ],
 )
 def test_preflight(tmp_path: Path, settings: dict[str, object], text: str) -> None:

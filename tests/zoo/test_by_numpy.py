@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import gymnasium as gym
@@ -40,32 +41,50 @@ def actor_of(
     return actor
 
 
+class Terminating(SpaceEnv):
+    def step(self, action: Any) -> Any:
+        obs, rew, term, trunc, info = super().step(action)
+        return obs, rew, term or trunc, False, info
+
+
 def env() -> SpaceEnv:
     return SpaceEnv(BOX, SHIFTED, limit=5)
 
 
-def check(batch: Batch, actor: Ours) -> None:
-    """What was recorded is what the network says of the observations that were."""
-    x = batch.state.rows(0, len(batch.mask))
+def check(batch: Batch, actor: Ours) -> Any:
+    """What was recorded is what the network says of the observations that were, row by row: its outputs, the values of
+    final observations, and the bootstrap. The recurrent state behind the last row, as the next fragment has it."""
+    close: Any = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    s, hx = batch.state, batch.hx
     with torch.no_grad():
-        _, _, info = actor(x.obs, x.act, x.rew, x.fin, hx=batch.hx)
-    assert info.keys() == batch.actor.keys()
-    for name, expected in info.items():
-        torch.testing.assert_close(batch.actor[name], expected, rtol=1e-4, atol=1e-4)
-        assert batch.actor[name].dtype == expected.dtype
-    act = batch.state.act[1:]
+        for t in range(len(batch.mask)):
+            x, after = s.rows(t, t + 1), s.rows(t + 1, t + 2)
+            _, hx, info = actor(x.obs, x.act, x.rew, x.fin, hx=hx)
+            assert info.keys() == batch.actor.keys()
+            for name, expected in info.items():
+                close(batch.actor[name][t : t + 1], expected)
+                assert batch.actor[name].dtype == expected.dtype
+            cut = after.fin & ~after.term
+            final = batch.final_obs[t + 1 : t + 2]
+            _, _, info = actor(final, after.act, after.rew, torch.zeros_like(after.fin), hx=hx)
+            close(batch.final_value[t + 1 : t + 2], torch.where(cut, info["value"], 0.0))
+        last = s.rows(len(batch.mask), len(batch.mask) + 1)
+        _, _, info = actor(last.obs, last.act, last.rew, last.fin, hx=hx)
+        close(batch.bootstrap, info["value"])
+    act = s.act[1:]
     if "logits" in info:
         assert act.dtype == torch.int64
         assert ((act >= -7) & (act < -4)).all()
     else:
         assert act.dtype == torch.float32
+    return hx if hx == () else hx.masked_fill(last.fin.unsqueeze(-1), 0)
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("activation", [torch.nn.Tanh, torch.nn.ReLU])
 def test_records_what_the_network_says(shared: bool, activation: type[torch.nn.Module]) -> None:
     actor = actor_of(shared=shared, activation=activation)
-    with same.rollout(env, actor, 6, 4, entropy=0) as batches:
+    with same.rollout(env, actor, 6, 4, entropy=0, keep_final_obs=True) as batches:
         for _ in range(4):
             check(next(batches), actor)
             with torch.no_grad():  # in place, as an optimizer does it
@@ -82,7 +101,7 @@ def test_all_that_can_be_computed_so(
     observation_space: gym.Space[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Episodes of several lengths end within the fragments, some of them truncated: what is carried on fits, and so do
+    """Episodes of several lengths end within the fragments, truncated or terminated: what is carried on fits, and so do
     the values that were asked for by tensors."""
     limits = iter([3, 4, 5, 7, 6])
     actor = actor_of(action_space, observation_space, kind)
@@ -91,7 +110,8 @@ def test_all_that_can_be_computed_so(
             p.mul_(0.3)
 
     def make() -> gym.Env[Any, Any]:
-        return SpaceEnv(observation_space, action_space, limit=next(limits))
+        limit = next(limits)
+        return (Terminating if limit % 2 else SpaceEnv)(observation_space, action_space, limit=limit)
 
     by_numpy: Any = MLPByNumpy if kind is MLPActor else GRUByNumpy
     begin = by_numpy.begin
@@ -102,11 +122,15 @@ def test_all_that_can_be_computed_so(
         return begun[-1]
 
     monkeypatch.setattr(by_numpy, "begin", noted)
-    with same.rollout(make, actor, 8, 4, entropy=0) as batches:
+    with same.rollout(make, actor, 8, 4, entropy=0, keep_final_obs=True) as batches:
+        hx = None
         for _ in range(4):
             batch = next(batches)
-            check(batch, actor)
-            assert batch.state.fin[1:].any()
+            if hx is not None and kind is GRUActor:
+                torch.testing.assert_close(batch.hx, hx, rtol=1e-4, atol=1e-4)
+            hx = check(batch, actor)
+            assert (batch.state.fin & ~batch.state.term)[1:].any()
+            assert batch.state.term[1:].any()
     assert begun == [True] * 4
 
 
@@ -239,6 +263,6 @@ def test_an_actor_that_was_changed_is_stepped_by_tensors(spoil: str) -> None:
     assert step is not None
     assert not step.begin(2, 2)
     if spoil != "double":
-        with same.rollout(env, actor, 6, 2, entropy=0) as batches:
+        with same.rollout(env, actor, 6, 2, entropy=0, keep_final_obs=True) as batches:
             check(next(batches), actor)
     assert bool(seen) == (spoil == "hook")

@@ -19,7 +19,7 @@ from zrl.cli.keys import keys_option
 from zrl.cli.options import config_options, settings_of
 from zrl.cli.progress import Quiet, reporter
 from zrl.config import TrainConfig
-from zrl.errors import ConfigError
+from zrl.errors import ConfigError, ProcessError
 from zrl.train.allowed import foreign_modules
 from zrl.train.listen import Listen
 from zrl.train.ranks import rank_in
@@ -100,7 +100,8 @@ def _train(words: dict[str, Any], listen: Listen | None = None) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with failures() as signals, contextlib.ExitStack() as ended:
         if listen is None and config.workers:  # before torch is imported
-            zrl.prestart()
+            with contextlib.suppress(ProcessError):  # whoever starts the workers has the same trouble, and says so
+                zrl.prestart()
             ended.callback(zrl.end_prestarted)
         from zrl.train.loop import train
 

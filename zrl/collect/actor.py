@@ -75,8 +75,8 @@ class BaseActorModule(torch.nn.Module):
         return actions, hx, info
 
     def by_arrays(self) -> ArrayStep | None:
-        """What acts in the place of `step` where fragments are made, on the CPU and without debug: for an actor without
-        recurrent state that observes one array and takes one action. None, the default: `step` does."""
+        """What acts in the place of `step` where fragments are made, on the CPU and without debug: for an actor that
+        observes one array and takes one action. None, the default: `step` does."""
         return None
 
     def value(self, obs: Any, act: Any, rew: Tensor, fin: Tensor, hx: Any) -> Tensor:

@@ -145,7 +145,8 @@ class Batch(Record):
             generator: source of the permutation; torch's default one, if None.
 
         Yields:
-            Batches of tensors that are theirs alone. ``meta`` stays that of the whole batch.
+            Batches of tensors that are theirs alone; small ones lie side by side in memory, so `clone` one before it
+            is saved. ``meta`` stays that of the whole batch.
 
         Raises:
             ConfigError: size below 1, an unknown `by`, ``by="step"`` with recurrent state, `extra` of another shape.
@@ -185,27 +186,36 @@ class Batch(Record):
         if not len(steps):
             return
         at_once = size * max(1, _AT_ONCE_NBYTES * self.mask.numel() // (self._nbytes() * size))
-        for at in torch.split(steps, at_once):
-            both = torch.cat([at, at + n_columns])
+        for block in torch.split(steps, at_once):
+            yield from self._of_steps(block, size, values)
 
+    def _of_steps(self, steps: torch.Tensor, size: int, values: torch.Tensor) -> Iterator[Batch]:
+        """Minibatches of `steps`, which are cut out of each tensor at once. They have no version in common: who changes
+        one in place changes nothing that autograd keeps of another."""
+        n_columns = self.mask.shape[1]
+        both = torch.cat([index for at in torch.split(steps, size) for index in (at, at + n_columns)])
+        cut: list[list[torch.Tensor]] = []  # the parts of each tensor
+
+        def parts(x: torch.Tensor, index: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
             # one index into rows and columns at once: three times as fast as one into each
-            def pairs(x: torch.Tensor, both: torch.Tensor = both) -> torch.Tensor:
-                return x.flatten(0, 1).index_select(0, both).view(2, -1, *x.shape[2:])
+            return torch.unsafe_split(x.flatten(0, 1).index_select(0, index), n)
 
-            def one(x: torch.Tensor, at: torch.Tensor = at) -> torch.Tensor:
-                return x.flatten(0, 1).index_select(0, at).unsqueeze(0)
+        def pairs(x: torch.Tensor) -> torch.Tensor:
+            cut.append([part.view(2, -1, *x.shape[2:]) for part in parts(x, both, 2 * size)])
+            return x
 
-            def after(_: torch.Tensor, at: torch.Tensor = at) -> torch.Tensor:
-                return values.flatten(0, 1).index_select(0, at).unsqueeze(0)
+        def ones(x: torch.Tensor) -> torch.Tensor:
+            cut.append([part.unsqueeze(0) for part in parts(x, steps, size)])
+            return x
 
-            several = self._cut(pairs, one, lambda x: x, after)
-            for start in range(0, len(at), size):
-                n = min(size, len(at) - start)
+        self._cut(pairs, ones, lambda x: x, lambda _: ones(values))
+        for of_one in zip(*cut, strict=True):
+            taken = iter(of_one)  # in the order in which they were cut
 
-                def part(x: torch.Tensor, start: int = start, n: int = n) -> torch.Tensor:
-                    return x.narrow(1, start, n)
+            def take(_: torch.Tensor, taken: Iterator[torch.Tensor] = taken) -> torch.Tensor:
+                return next(taken)
 
-                yield several._cut(part, part, lambda x: x, part)
+            yield self._cut(take, take, lambda x: x, take)
 
     def _nbytes(self) -> int:
         sizes: list[int] = []

@@ -39,7 +39,6 @@ from zrl.nodes.pipe import (
     Fork,
     Ready,
     Signal,
-    Since,
     Start,
     Started,
     Surroundings,
@@ -139,17 +138,21 @@ class Zygote:
         surroundings, log = Surroundings.here(), log_dir / "zygote.log"
         data = _pickled("the environment factory or the actor", (target, payload))
         start = Start(cls.mode, str(run_dir), -1, (*PRELOAD, *preload), surroundings, os.getpid())
-        prestarted = take_prestarted() if cls.mode == "fork" else None
-        with prestarted or Launched() as launched:
+        if cls.mode == "fork" and (prestarted := take_prestarted()) is not None:
+            with contextlib.suppress(OSError):  # it has ended this very moment
+                return cls._begin(prestarted, start, data, log, keep_log)
+        return cls._begin(Launched(), start, data, log, keep_log)
+
+    @classmethod
+    def _begin(cls, launched: Launched, start: Start, data: bytes, log: Path, keep_log: Callable[[Path], Path]) -> Self:
+        with launched, _appended(log) as output:
             fill(launched.payload_fd, data)
-            since = None if prestarted is None else Since(_folder(), surroundings.environment(), str(log))
-            message = frame(replace(start, payload_fd=launched.payload_fd, since=since))
+            message = frame(replace(start, payload_fd=launched.payload_fd, late=launched.alive))
             # before there is a zygote: one whose host is killed right now knows what to remove
-            sent = _at_once(launched.socket, message)
-            if prestarted is None:
-                with _appended(log) as output:
-                    launched.launch(surroundings, output)
-            zygote = cls(run_dir, log_dir, *launched.take(), _keep_log=keep_log)
+            sent = launched.say(message, start.surroundings, output)
+            if not launched.alive:
+                launched.launch(start.surroundings, output)
+            zygote = cls(Path(start.run_dir), log.parent, *launched.take(), _keep_log=keep_log)
         zygote._send_bytes(message[sent:])
         return zygote
 
@@ -364,14 +367,6 @@ class Spawner(Zygote):
     mode: ClassVar[Literal["fork", "spawn"]] = "spawn"
 
 
-def _at_once(to: socket.socket, data: bytes) -> int:
-    """Send what there is room for, without waiting; how many bytes."""
-    to.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        return to.send(data)
-    return 0
-
-
 @contextlib.contextmanager
 def _appended(log: Path) -> Iterator[int]:
     try:
@@ -380,13 +375,6 @@ def _appended(log: Path) -> Iterator[int]:
         raise ProcessError(f"the zygote cannot be started: {error}") from error
     with file:
         yield file.fileno()
-
-
-def _folder() -> str:
-    try:
-        return os.getcwd()
-    except OSError:  # it was removed; the zygote stays in it, too
-        return "."
 
 
 def _pickled(what: str, value: object) -> bytes:

@@ -74,17 +74,16 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """What may have changed between the launch of a zygote and its `Start`.
+    """What a zygote would have inherited if it were launched with its `Start`. Stored, and its descriptor sent with the
+    message: environments may be large, and who imports does not read.
 
     Attributes:
-        folder: the host's current one.
-        environment: variables as the zygote would have inherited them now.
-        log: path of the zygote's output from now on.
+        environment: variables.
+        cores: that it may use; empty where the system does not say.
     """
 
-    folder: str
     environment: dict[str, str]
-    log: str
+    cores: set[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,8 @@ class Start:
         preload: modules to import before the first fork.
         surroundings: of the host.
         host: its pid.
-        since: for a zygote that was there before: what it has not inherited.
+        late: whether the zygote was there before; then three descriptors come with the message: of its log, of the
+            current folder, and of a stored `Since`.
     """
 
     mode: Literal["fork", "spawn"]
@@ -107,7 +107,7 @@ class Start:
     preload: tuple[str, ...]
     surroundings: Surroundings
     host: int
-    since: Since | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)

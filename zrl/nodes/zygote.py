@@ -48,6 +48,7 @@ from zrl.nodes.pipe import (
     Unframer,
     Warned,
     frame,
+    stored,
 )
 
 GRACE = 0.5  # seconds between SIGHUP and SIGKILL, when nobody said how long: host and children gone within two
@@ -310,18 +311,20 @@ def _wake_on_signals() -> int:
     return reader
 
 
-def _first_message(host: socket.socket, unframer: Unframer, pid: int) -> tuple[Start | None, list[object]]:
-    """What the host sends first, and what came with it. None: it has ended, or has closed its end."""
-    poll = select.poll()
+def _first_message(host: socket.socket, unframer: Unframer, pid: int) -> tuple[Start | None, list[object], list[int]]:
+    """What the host sends first, what came with it, and which descriptors. None: it has ended, or closed its end."""
+    poll, fds = select.poll(), list[int]()
     poll.register(host, select.POLLIN)
     while (readable := poll.poll(LOOK * 1000)) or os.getppid() == pid:
         if not readable:
             continue
-        if not (data := host.recv(1 << 16)):
+        data, more, _, _ = socket.recv_fds(host, 1 << 16, 3)
+        if not data:
             break
+        fds += more
         if messages := list(unframer.feed(data)):
-            return messages[0], messages[1:]
-    return None, []
+            return messages[0], messages[1:], fds
+    return None, [], fds
 
 
 def _preload(start: Start) -> Ready:
@@ -339,19 +342,21 @@ def _preload(start: Start) -> Ready:
     return Ready(os.getpid(), n_threads, time.monotonic() - begin)
 
 
-def _catch_up(since: Since) -> None:
-    """Be as if we had been launched now. What was printed so far goes into the log, too."""
-    os.chdir(since.folder)
-    os.environ.clear()
-    os.environ.update(since.environment)
+def _catch_up(log: int, folder: int, since: int) -> None:
+    """Be as if we had been launched now. What was printed so far goes into the log, as does what fails from here on."""
     sys.stdout.flush()
     sys.stderr.flush()
-    printed = os.pread(1, 1 << 20, 0)
-    log = os.open(since.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.write(log, printed)
+    os.write(log, os.pread(1, 1 << 20, 0))
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.close(log)
+    os.fchdir(folder)
+    now: Since = stored(since)
+    os.environ.clear()
+    os.environ.update(now.environment)
+    if now.cores:
+        os.sched_setaffinity(0, now.cores)
+    for fd in (log, folder, since):
+        os.close(fd)
 
 
 def main() -> None:
@@ -362,18 +367,19 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # comes with SIGCONT where we are stopped and the host dies
     host, pid = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    for module in sys.argv[3:]:
-        importlib.import_module(module)
+    with contextlib.suppress(Exception):  # what fails is imported again, when there is a log to say so
+        for module in sys.argv[3:]:
+            importlib.import_module(module)
     unframer = Unframer()
-    start, more = _first_message(host, unframer, pid)
+    start, more, fds = _first_message(host, unframer, pid)
     if start is None:
         return
-    for fd in (host.fileno(), start.payload_fd):
-        os.set_inheritable(fd, False)
-    if start.since is not None:
-        _catch_up(start.since)
-    start.surroundings.apply()
     try:
+        if start.late:
+            _catch_up(*fds)
+        for fd in (host.fileno(), start.payload_fd):
+            os.set_inheritable(fd, False)
+        start.surroundings.apply()
         zygote = Zygote(start, host, unframer)
         zygote.report(_preload(start))
         for message in more:

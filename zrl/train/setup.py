@@ -12,7 +12,7 @@ from zrl import algo
 from zrl.collect.actor import BaseActorModule
 from zrl.config import TrainConfig
 from zrl.data.batch import Batch
-from zrl.errors import ZrlError
+from zrl.errors import ConfigError, ZrlError
 from zrl.train.allowed import Allowed
 from zrl.train.named import EnvFactory, make_named_actor
 
@@ -43,9 +43,12 @@ def make_actor(config: TrainConfig) -> BaseActorModule:
     """The learner's actor.
 
     Raises:
-        ConfigError, EnvError, ActorError: environment or actor cannot be made.
+        ConfigError, EnvError, ActorError: environment or actor cannot be made, or there is nothing to train.
     """
-    return make_named_actor(config.actor, Allowed(None), EnvFactory(config.env, config.env_kwargs))
+    actor = make_named_actor(config.actor, Allowed(None), EnvFactory(config.env, config.env_kwargs))
+    if not any(True for _ in actor.parameters()):
+        raise ConfigError(f"actor: expected one with parameters to train, not {type(actor).__name__}, which has none")
+    return actor
 
 
 def make_optimizer(config: TrainConfig, actor: torch.nn.Module) -> torch.optim.Optimizer:
