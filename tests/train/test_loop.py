@@ -16,6 +16,7 @@ from zrl.errors import CheckpointError, ConfigError, EnvError, PreflightError
 from zrl.train import checkpoint
 from zrl.train.evaluation import evaluate_run
 from zrl.train.loop import train
+from zrl.train.setup import Adam
 from zrl.train.status import Status
 from zrl.train.stop import Stopped
 
@@ -126,15 +127,15 @@ def test_a_config_round_trips() -> None:
 
 def test_a_signal_stops_between_two_minibatches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    step: Any = torch.optim.Adam.step
+    step: Any = Adam.step
 
-    def counting(self: torch.optim.Adam, *args: object) -> object:
+    def counting(self: Adam, *args: object) -> object:
         steps.append(1)
         if len(steps) == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", counting)
+    monkeypatch.setattr(Adam, "step", counting)
     whole: list[dict[str, Any]] = []
 
     def look(status: Status) -> None:
@@ -153,13 +154,13 @@ def test_a_signal_stops_between_two_minibatches(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_signal_in_the_first_update_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step: Any = torch.optim.Adam.step
+    step: Any = Adam.step
 
-    def interrupted(self: torch.optim.Adam, *args: object) -> object:
+    def interrupted(self: Adam, *args: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    monkeypatch.setattr(Adam, "step", interrupted)
     result = train(config(tmp_path))
     assert (result.outcome, result.checkpoint) == ("SIGINT", None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import math
 import random
 import secrets
@@ -33,7 +32,7 @@ from zrl.train.ranks import Rank
 from zrl.train.rng import random_states, set_random_states
 from zrl.train.rollouts import Rollout, make_rollout
 from zrl.train.run_folder import RunFolder
-from zrl.train.setup import DivergedError, Losses, Update, make_actor, make_optimizer, make_update, n_optimizer_steps
+from zrl.train.setup import DivergedError, Losses, make_actor, make_optimizer, make_update, n_optimizer_steps
 from zrl.train.status import Progress, Status
 from zrl.train.stop import Stopped, StopSignals
 from zrl.train.team import LOOK, Team, TeamError, Vote
@@ -245,8 +244,14 @@ class _Run:
         assert config.seed is not None
         seed_everything(config.seed)
         self.actor = make_actor(config).to(usable_device(config.device))
-        if team is not None:
-            _ = self.update  # now: it gives all learners the same weights
+        self.optimizer = make_optimizer(config, self.actor)
+        if team is None:
+            self.update = make_update(config, self.actor, self.optimizer, signals.check)
+        else:
+            shared = team.wrapped(Losses(self.actor))
+            self.update = make_update(
+                config, self.actor, self.optimizer, lambda: team.pause(signals.pending), lambda *a, **k: shared(*a, **k)
+            )
         self.progress = Progress()
         self.first_version = 1
         self.status: Status | None = None
@@ -264,23 +269,6 @@ class _Run:
         self._shares: dict[str, float] = {}
 
     # ── the start ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @functools.cached_property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Made when it is needed: the first one of a process imports for a second, and workers can start meanwhile."""
-        return make_optimizer(self.config, self.actor)
-
-    @functools.cached_property
-    def update(self) -> Update:
-        team = self.team
-        if team is None:
-            return make_update(self.config, self.actor, self.optimizer, self.signals.check)
-        shared = team.wrapped(Losses(self.actor))
-
-        def pause() -> None:
-            team.pause(self.signals.pending)
-
-        return make_update(self.config, self.actor, self.optimizer, pause, lambda *a, **k: shared(*a, **k))
 
     def restore(self, resume: RunFolder) -> dict[str, Any]:
         """Go on from the newest checkpoint of a run that can be read: what is in it.
@@ -385,7 +373,6 @@ class _Run:
             time.sleep(LOOK)
 
     def train(self, on_update: Callable[[Status], None]) -> Result:
-        _ = self.update  # its imports, while the workers start
         self.progress.begin(time.monotonic())
         self.rollout.annotate(self.progress.note(self.config))
         if self._restored is not None:

@@ -51,10 +51,26 @@ def make_actor(config: TrainConfig) -> BaseActorModule:
     return actor
 
 
+def _bare(method: Callable[..., Any]) -> Any:
+    """A method without the decorator that keeps `torch.compile` off it; as it is, where it has none."""
+    return getattr(method, "__wrapped__", method)
+
+
+class Adam(torch.optim.Adam):
+    """torch's, number for number, where nothing is compiled. To say that these methods shall not be compiled, torch
+    imports its compiler as the first of them is called: a second of every start, and 70 MB."""
+
+    add_param_group = _bare(torch.optim.Adam.add_param_group)
+    zero_grad = _bare(torch.optim.Adam.zero_grad)
+    state_dict = _bare(torch.optim.Adam.state_dict)
+    load_state_dict = _bare(torch.optim.Adam.load_state_dict)
+    step = torch.no_grad()(_bare(torch.optim.Adam.step))
+
+
 def make_optimizer(config: TrainConfig, actor: torch.nn.Module) -> torch.optim.Optimizer:
     """Adam, with the epsilon that policy gradients like (Engstrom et al. 2020 list it among PPO's details)."""
     # fused: one kernel for all tensors saves a quarter of the time of a small update
-    return torch.optim.Adam(actor.parameters(), lr=config.lr or 0.0, eps=1e-5, fused=True)
+    return Adam(actor.parameters(), lr=config.lr or 0.0, eps=1e-5, fused=True)
 
 
 def make_update(
