@@ -27,6 +27,9 @@ For the largest number of workers also, paced, unless there is a ``--max-lag``, 
 - ``latency_p50_ms_…``, ``latency_p99_ms_…``: from a Ready until its slot is granted again, both seen by the worker;
   in between a batch of 8 is formed, copied, and another one wanted.
 - ``rss_mb_…``: resident memory of the learner.
+- ``busy_slowdown_R``: how many times as long a training loop takes for its own work, the calls of ``next`` not
+  counted, while the workers send R fragments a second, against when they send none. The work is small: forward and
+  backward of a perceptron, some 0.4 ms (``busy_us``), most of it with the GIL held.
 """
 
 from __future__ import annotations
@@ -65,6 +68,8 @@ from zrl.protocol import messages as m
 P, SLOTS, LEAST_SLOTS = 8, 2, 64
 PER_HOST, BEAT = 50, 1.0
 RATE = 5.0  # fragments of a worker in a second, paced
+SILENT = 1e-3  # the same, where there shall be none
+BUSY = (1_000, 5_000)  # fragments a second, of all workers, beside a training loop
 PATIENCE = 60.0  # seconds for the workers to come
 SPEC = FragmentSpec.build(
     1, 1, obs=ArraySpec("float32", (4,)), act=ArraySpec("int64"), actor={"value": ArraySpec("float32")}
@@ -357,8 +362,8 @@ def client(url: str, n_workers: int) -> Iterator[Client]:
 class Learner:
     """A rollout, and the clocks of its threads."""
 
-    def __init__(self, it: Any, workers: Client) -> None:
-        self.it, self.workers = it, workers
+    def __init__(self, it: Any, workers: Client, n_workers: int) -> None:
+        self.it, self.workers, self.n_workers = it, workers, n_workers
         self.consumed = 0
         self._clock = time.pthread_getcpuclockid(it._collator._thread.ident)
 
@@ -384,6 +389,26 @@ class Learner:
             "p50": after["p50"],
             "p99": after["p99"],
         }
+
+    def busy(self, per_s: float, seconds: float) -> float:
+        """µs that a unit of work takes while so many fragments come in a second, and are taken between two units."""
+        import torch
+
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 2))
+        x = torch.randn(256, 64)
+        self.workers.ask(max(per_s, SILENT) / self.n_workers)
+        worked, n, taken, started = 0.0, 0, 0, time.perf_counter()
+        while (at := time.perf_counter()) - started < seconds:
+            for p in net.parameters():
+                p.grad = None
+            torch.autograd.backward(net(x).square().mean())
+            worked += time.perf_counter() - at
+            n += 1
+            while taken + P <= per_s * (time.perf_counter() - started):
+                taken += len(next(self.it).meta)
+        self.consumed += taken
+        return worked / n * 1e6
 
     def check(self) -> None:
         """The books agree, with the workers and with what was taken here."""
@@ -425,7 +450,7 @@ def measure(n_workers: int, args: argparse.Namespace, *, paced: bool) -> dict[st
         )
         opened.callback(it.close)
         # every `next` ends by then, whatever has become of the workers
-        watchdog = threading.Timer(2 * PATIENCE + 4 * args.seconds, it.close)
+        watchdog = threading.Timer(2 * PATIENCE + 9 * args.seconds, it.close)
         watchdog.start()
         opened.callback(watchdog.join)
         opened.callback(watchdog.cancel)
@@ -436,7 +461,7 @@ def measure(n_workers: int, args: argparse.Namespace, *, paced: bool) -> dict[st
                 raise TimeoutError(f"not all of {n_workers} workers have come within {PATIENCE:.0f} s")
             time.sleep(0.05)
         figures[f"attach_s_{n_workers}"] = time.monotonic() - started
-        learner = Learner(it, workers)
+        learner = Learner(it, workers, n_workers)
         learner.take(min(1.0, args.seconds))
         full = learner.take(args.seconds)
         figures |= {
@@ -459,6 +484,10 @@ def measure(n_workers: int, args: argparse.Namespace, *, paced: bool) -> dict[st
                 f"latency_p50_ms_{n_workers}": slow["p50"],
                 f"latency_p99_ms_{n_workers}": slow["p99"],
             }
+            before = learner.busy(0, args.seconds)
+            while_sent = {per_s: learner.busy(per_s, args.seconds) for per_s in BUSY}
+            figures["busy_us"] = (before + learner.busy(0, args.seconds)) / 2
+            figures |= {f"busy_slowdown_{per_s}": us / figures["busy_us"] for per_s, us in while_sent.items()}
         learner.check()
         figures[f"rss_mb_{n_workers}"] = rss_mb()
         started = time.monotonic()

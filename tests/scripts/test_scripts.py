@@ -100,6 +100,7 @@ KEYS = {
             ),
             *("us_per_fragment_60_over_1", "latency_p50_ms_60", "latency_p99_ms_60"),
             *("paced_wanted_per_s", "paced_fragments_per_s", "paced_core_share", "paced_client_core_share"),
+            *("busy_us", "busy_slowdown_1000", "busy_slowdown_5000"),
         ],
     ),
     "bench_returns.py": (
@@ -109,7 +110,10 @@ KEYS = {
             *(f"scan_speedup_{name}_t20" for name in ("returns", "gae", "vtrace")),
         ],
     ),
-    "bench_startup.py": (["--workers", "2", "--repeats", "1"], ["first_batch_s", "first_batch_spawn_s", "close_s"]),
+    "bench_startup.py": (
+        ["--workers", "2", "--repeats", "1"],
+        ["first_batch_s", "first_batch_spawn_s", "close_s", "script_s", "script_prestarted_s"],
+    ),
     "bench_vector.py": (
         ["--seconds", "0.02", "--rounds", "1"],
         [
